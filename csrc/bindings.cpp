@@ -1,0 +1,43 @@
+// The schemas of the library, and nothing else: one line an operator. Kernels register themselves in
+// cpu/, comm/ and cuda/; autograd formulas and fake kernels live in moetrain/ops/*.py.
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "cpu/gemm_kernel.h"
+
+namespace {
+
+std::string build_info() {
+#ifdef MOETRAIN_WITH_CUDA
+  const std::string cuda = "cuda";
+#else
+  const std::string cuda = "cpu";
+#endif
+  return std::string(TORCH_VERSION) + ";" + moetrain::gemm_isa() + ";" + cuda;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(moetrain, m) {
+  // "torch version of the build; instruction set chosen for this CPU; cpu|cuda"
+  m.def("build_info() -> str", &build_info);
+
+  m.def(
+      "plan_permutation(Tensor expert_ids, int num_experts) -> "
+      "(Tensor row_token, Tensor row_slot, Tensor slot_row, Tensor tokens_per_expert)");
+  m.def("permute_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor");
+  m.def("unpermute_rows(Tensor rows, Tensor row_token, Tensor slot_row) -> Tensor");
+  m.def("combine_rows(Tensor rows, Tensor weights, Tensor slot_row) -> Tensor");
+  m.def(
+      "combine_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor slot_row) -> "
+      "(Tensor grad_rows, Tensor grad_weights)");
+  m.def("gather_rows(Tensor x, Tensor index, Tensor inverse) -> Tensor");
+
+  m.def("grouped_gemm(Tensor x, Tensor w, Tensor tokens_per_expert) -> Tensor");
+  m.def("grouped_gemm_dgrad(Tensor grad, Tensor w, Tensor tokens_per_expert) -> Tensor");
+  m.def("grouped_gemm_wgrad(Tensor grad, Tensor x, Tensor tokens_per_expert) -> Tensor");
+
+  m.def("all_to_all(Tensor x, SymInt[] output_splits, SymInt[] input_splits, str group_name) -> Tensor");
+}

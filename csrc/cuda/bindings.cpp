@@ -1,0 +1,220 @@
+// Torch-facing side of the CUDA kernels. Uses c10's generic stream interface, not c10/cuda (whose headers do not
+// compile in a CPU wheel), so that CI can compile this unit without a CUDA torch.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "check.h"
+#include "cuda/launch.h"
+
+#define MOETRAIN_TORCH_BEFORE_2_13 (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13)
+#if MOETRAIN_TORCH_BEFORE_2_13
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace moetrain {
+namespace {
+
+using at::Tensor;
+
+CUstream_st* current_stream(const Tensor& t) {
+#if MOETRAIN_TORCH_BEFORE_2_13
+  return c10::cuda::getCurrentCUDAStream(t.device().index()).stream();
+#else
+  const c10::impl::VirtualGuardImpl device(c10::DeviceType::CUDA);
+  return static_cast<CUstream_st*>(device.getStream(t.device()).native_handle());
+#endif
+}
+
+void check_launch(int error, const char* op) {
+  TORCH_CHECK(error == 0, "moetrain: ", op, " on CUDA: ", moetrain_cuda_error_string(error));
+}
+
+int dtype_code(const Tensor& t) { return t.scalar_type() == at::kFloat ? 0 : 1; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_permutation(const Tensor& expert_ids, int64_t num_experts) {
+  const char* op = "plan_permutation";
+  const Tensor ids = checked_index(expert_ids, 2, expert_ids, op, "expert_ids");
+  MOETRAIN_CHECK(num_experts >= 1 && num_experts <= kMoetrainPlanMaxExperts, op, ": num_experts must be 1 to ",
+                 kMoetrainPlanMaxExperts, " on CUDA, it is ", num_experts);
+  MOETRAIN_CHECK(ids.numel() < std::numeric_limits<int32_t>::max(), op, ": too many slots: ", ids.numel());
+  const c10::DeviceGuard guard(ids.device());
+  const auto stream = current_stream(ids);
+  const int64_t slots = ids.numel(), slots_per_token = std::max<int64_t>(ids.size(1), 1);
+  const int64_t blocks = (slots + kMoetrainPlanChunk - 1) / kMoetrainPlanChunk;
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+
+  Tensor block_counts = at::empty({blocks, num_experts}, ids.options().dtype(at::kInt));
+  Tensor tokens_per_expert = at::empty({num_experts}, ids.options());
+  Tensor first_row = at::empty({num_experts}, ids.options());
+  Tensor status = at::empty({2}, ids.options());
+  check_launch(moetrain_cuda_plan_count(id, slots, num_experts, block_counts.data_ptr<int32_t>(),
+                                        tokens_per_expert.data_ptr<int64_t>(), first_row.data_ptr<int64_t>(),
+                                        status.data_ptr<int64_t>(), stream),
+               op);
+  const Tensor on_host = status.cpu();  // the one wait: R decides how much to allocate
+  const int64_t rows = on_host.const_data_ptr<int64_t>()[0], bad = on_host.const_data_ptr<int64_t>()[1];
+  MOETRAIN_CHECK(bad >= slots, op, ": expert_ids[", bad / slots_per_token, ", ", bad % slots_per_token,
+                 "] is illegal; legal values are -1 (unused slot) to ", num_experts - 1);
+
+  Tensor row_token = at::empty({rows}, ids.options());
+  Tensor row_slot = at::empty({rows}, ids.options());
+  Tensor slot_row = at::empty_like(ids);
+  check_launch(moetrain_cuda_plan_place(id, slots, slots_per_token, num_experts, block_counts.data_ptr<int32_t>(),
+                                        first_row.data_ptr<int64_t>(), row_token.data_ptr<int64_t>(),
+                                        row_slot.data_ptr<int64_t>(), slot_row.data_ptr<int64_t>(), stream),
+               op);
+  return {row_token, row_slot, slot_row, tokens_per_expert};
+}
+
+Tensor gather(const Tensor& x, const Tensor& index, const char* op) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor from = x.contiguous();
+  Tensor out = at::empty({index.size(0), x.size(1)}, x.options());
+  check_launch(moetrain_cuda_gather_rows(from.const_data_ptr(), x.size(0), index.const_data_ptr<int64_t>(),
+                                         index.size(0), x.size(1) * x.element_size(), out.data_ptr(),
+                                         current_stream(x)),
+               op);
+  return out;
+}
+
+Tensor permute_rows(const Tensor& x, const Tensor& row_token, const Tensor& slot_row) {
+  const char* op = "permute";
+  check_dim(x, 2, op, "x");
+  MOETRAIN_CHECK(slot_row.dim() == 2 && slot_row.size(0) == x.size(0), op, ": the plan is for ",
+                 slot_row.size(0), " tokens, x has ", x.size(0));
+  return gather(x, checked_index(row_token, 1, x, op, "row_token"), op);
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& index, const Tensor& inverse) {
+  const char* op = "gather_rows";
+  check_dim(x, 2, op, "x");
+  const Tensor to = checked_index(index, 1, x, op, "index"), back = checked_index(inverse, 1, x, op, "inverse");
+  MOETRAIN_CHECK(to.size(0) == x.size(0) && back.size(0) == x.size(0), op, ": x has ", x.size(0),
+                 " rows, index ", to.size(0), ", inverse ", back.size(0), "; a permutation needs as many");
+  return gather(x, to, op);
+}
+
+Tensor checked_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& rows, const char* op) {
+  check_dtype(weights, at::kFloat, op, "weights");
+  check_same_device(weights, rows, op, "weights");
+  MOETRAIN_CHECK(weights.sizes() == slot_row.sizes(), op, ": weights have shape ", weights.sizes(),
+                 ", the plan is for ", slot_row.sizes());
+  return weights.contiguous();
+}
+
+Tensor combine(const Tensor& rows, const std::optional<Tensor>& weights, const Tensor& slot_row, const char* op) {
+  check_dim(rows, 2, op, "rows");
+  check_float_or_bf16(rows, op, "rows");
+  const Tensor slots = checked_index(slot_row, 2, rows, op, "slot_row");
+  const c10::DeviceGuard guard(rows.device());
+  const Tensor from = rows.contiguous();
+  Tensor out = at::empty({slots.size(0), rows.size(1)}, rows.options());
+  check_launch(moetrain_cuda_combine_rows(from.const_data_ptr(), rows.size(0),
+                                          weights ? weights->const_data_ptr<float>() : nullptr,
+                                          slots.const_data_ptr<int64_t>(), slots.size(0), slots.size(1),
+                                          rows.size(1), dtype_code(rows), out.data_ptr(), current_stream(rows)),
+               op);
+  return out;
+}
+
+Tensor unpermute_rows(const Tensor& rows, const Tensor& row_token, const Tensor& slot_row) {
+  MOETRAIN_CHECK(row_token.dim() == 1 && row_token.size(0) == rows.size(0), "unpermute: the plan is for ",
+                 row_token.numel(), " rows, there are ", rows.size(0));
+  return combine(rows, std::nullopt, slot_row, "unpermute");
+}
+
+Tensor combine_rows(const Tensor& rows, const Tensor& weights, const Tensor& slot_row) {
+  return combine(rows, checked_weights(weights, slot_row, rows, "combine"), slot_row, "combine");
+}
+
+std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& grad, const Tensor& rows, const Tensor& weights,
+                                                 const Tensor& slot_row) {
+  const char* op = "combine backward";
+  check_dim(rows, 2, op, "rows");
+  check_float_or_bf16(rows, op, "rows");
+  check_dtype(grad, rows.scalar_type(), op, "grad");
+  check_same_device(grad, rows, op, "grad");
+  const Tensor slots = checked_index(slot_row, 2, rows, op, "slot_row");
+  MOETRAIN_CHECK(grad.dim() == 2 && grad.size(0) == slots.size(0) && grad.size(1) == rows.size(1), op,
+                 ": grad has shape ", grad.sizes(), ", expected [", slots.size(0), ", ", rows.size(1), "]");
+  const c10::DeviceGuard guard(rows.device());
+  const Tensor g = grad.contiguous(), r = rows.contiguous();
+  const Tensor w = checked_weights(weights, slots, rows, op);
+  Tensor grad_rows = at::empty(rows.sizes(), rows.options());
+  Tensor grad_weights = at::empty(slots.sizes(), w.options());
+  check_launch(moetrain_cuda_combine_rows_backward(
+                   g.const_data_ptr(), r.const_data_ptr(), rows.size(0), w.const_data_ptr<float>(),
+                   slots.const_data_ptr<int64_t>(), slots.size(0), slots.size(1), rows.size(1), dtype_code(rows),
+                   grad_rows.data_ptr(), grad_weights.data_ptr<float>(), current_stream(rows)),
+               op);
+  return {grad_rows, grad_weights};
+}
+
+// kind: see launch.h. The counts stay on the device, so their sum is not checked; the kernels cut what does not fit.
+Tensor run_gemm(int kind, const Tensor& a, const Tensor& b, const Tensor& tokens_per_expert, at::IntArrayRef shape,
+                int64_t n, int64_t k, const char* op) {
+  check_dtype(b, a.scalar_type(), op, "the second operand");
+  check_same_device(b, a, op, "the second operand");
+  check_groups(a, tokens_per_expert, tokens_per_expert.numel(), op);
+  const c10::DeviceGuard guard(a.device());
+  const Tensor left = a.contiguous(), right = b.contiguous(), counts = tokens_per_expert.contiguous();
+  Tensor out = at::empty(shape, a.options());
+  const auto run =
+      a.scalar_type() == at::kFloat ? &moetrain_cuda_grouped_gemm_fp32 : &moetrain_cuda_grouped_gemm_bf16;
+  check_launch(run(kind, left.const_data_ptr(), right.const_data_ptr(), out.data_ptr(),
+                   counts.const_data_ptr<int64_t>(), a.size(0), counts.size(0), n, k, current_stream(a)),
+               op);
+  return out;
+}
+
+Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& tokens_per_expert) {
+  const char* op = "grouped_gemm";
+  check_dim(x, 2, op, "x");
+  check_dim(w, 3, op, "w");
+  check_groups(x, tokens_per_expert, w.size(0), op);
+  MOETRAIN_CHECK(x.size(1) == w.size(2), op, ": x has ", x.size(1), " columns, w is ", w.sizes(), " ([E, out, in])");
+  return run_gemm(0, x, w, tokens_per_expert, {x.size(0), w.size(1)}, w.size(1), w.size(2), op);
+}
+
+Tensor grouped_gemm_dgrad(const Tensor& grad, const Tensor& w, const Tensor& tokens_per_expert) {
+  const char* op = "grouped_gemm dgrad";
+  check_dim(grad, 2, op, "grad");
+  check_dim(w, 3, op, "w");
+  check_groups(grad, tokens_per_expert, w.size(0), op);
+  MOETRAIN_CHECK(grad.size(1) == w.size(1), op, ": grad has ", grad.size(1), " columns, w is ", w.sizes());
+  return run_gemm(1, grad, w, tokens_per_expert, {grad.size(0), w.size(2)}, w.size(1), w.size(2), op);
+}
+
+Tensor grouped_gemm_wgrad(const Tensor& grad, const Tensor& x, const Tensor& tokens_per_expert) {
+  const char* op = "grouped_gemm wgrad";
+  check_dim(grad, 2, op, "grad");
+  check_dim(x, 2, op, "x");
+  MOETRAIN_CHECK(grad.size(0) == x.size(0), op, ": grad has ", grad.size(0), " rows, x has ", x.size(0));
+  return run_gemm(2, grad, x, tokens_per_expert, {tokens_per_expert.numel(), grad.size(1), x.size(1)},
+                  grad.size(1), x.size(1), op);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
+  m.impl("plan_permutation", &plan_permutation);
+  m.impl("permute_rows", &permute_rows);
+  m.impl("unpermute_rows", &unpermute_rows);
+  m.impl("combine_rows", &combine_rows);
+  m.impl("combine_rows_backward", &combine_rows_backward);
+  m.impl("gather_rows", &gather_rows);
+  m.impl("grouped_gemm", &grouped_gemm);
+  m.impl("grouped_gemm_dgrad", &grouped_gemm_dgrad);
+  m.impl("grouped_gemm_wgrad", &grouped_gemm_wgrad);
+}
+
+}  // namespace moetrain

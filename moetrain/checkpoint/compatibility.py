@@ -1,0 +1,72 @@
+"""May a run continue from a checkpoint that another configuration wrote?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from moetrain.errors import CheckpointError
+
+# Of the model section: how to compute, how to start, and coefficients of a loss, like a learning rate. No weight
+# means something else when they change.
+_MODEL_MAY_CHANGE = frozenset(
+    {
+        "model.recompute",
+        "model.init_method_std",
+        "model.moe.aux_loss_coeff",
+        "model.moe.z_loss_coeff",
+        "model.moe.hyper.form",
+        "model.moe.router.controller_rate",
+    }
+)
+# Where and on what a run runs; how often it speaks. Layout independence is the point of the format.
+_SILENT = ("run.", "parallel.", "zero.", "checkpoint.", "runtime.", "training.")
+_TRAINING_TO_TELL = frozenset({"training.seed", "training.global_batch_size", "training.precision"})
+_ABSENT = object()
+
+
+def check_config(
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    saved_tokenizer: str | None = None,
+    current_tokenizer: str | None = None,
+) -> list[str]:
+    """Compare the resolved configurations of a checkpoint and of the run that wants to load it.
+
+    Returns notes on legal differences that change how training goes on (data, optimizer, batch size, seed, ...), one
+    sentence each. CheckpointError lists every difference under `model` that makes the weights mean something else,
+    and tokenizer fingerprints that differ (compared when both are given).
+    """
+    contradictions: list[str] = []
+    notes: list[str] = []
+    for path, before, now in _differences(saved, current, ""):
+        told = f"{path}: {_show(before)} in the checkpoint, {_show(now)} in this run"
+        if path == "model" or path.startswith("model.") and path not in _MODEL_MAY_CHANGE:
+            contradictions.append(told)
+        elif path in _TRAINING_TO_TELL or not path.startswith(_SILENT):
+            notes.append(told)
+    if None not in (saved_tokenizer, current_tokenizer) and saved_tokenizer != current_tokenizer:
+        contradictions.append(
+            f"tokenizer fingerprint: {saved_tokenizer} in the checkpoint, {current_tokenizer} in this run"
+        )
+    if contradictions:
+        raise CheckpointError(
+            "the checkpoint belongs to another model; make these equal or start a new run: " + "; ".join(contradictions)
+        )
+    return notes
+
+
+def _differences(saved: Any, current: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, saved, current) of every leaf that differs; a list is a leaf."""
+    if not (isinstance(saved, dict) and isinstance(current, dict)):
+        if saved != current or isinstance(saved, bool) != isinstance(current, bool):
+            yield path, saved, current
+        return
+    for key in sorted(saved.keys() | current.keys()):
+        below = f"{path}.{key}" if path else str(key)
+        yield from _differences(saved.get(key, _ABSENT), current.get(key, _ABSENT), below)
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)

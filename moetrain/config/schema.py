@@ -1,0 +1,387 @@
+"""The whole run as one frozen tree. Loads without torch, so a login node answers in a blink.
+
+Names are Megatron-LM's wherever it has one. A path such as `model.moe.router.top_k` is how YAML files, command-line
+overrides and error messages all name a setting. Rules that involve one section live in that section; rules across
+sections live in `RunConfig`; rules that need the number of processes live in `layout.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+CAUSAL_IMPORTANCE = ("self_weight", "row_max", "row_entropy")
+NONCAUSAL_IMPORTANCE = ("col_max",)
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+class TopKRouterConfig(Section):
+    """Every token goes to the same number of experts (Switch, GShard)."""
+
+    type: Literal["top_k"] = "top_k"
+    top_k: PositiveInt = Field(2, description="experts per token")
+    gates: Literal["raw", "renormalized"] = Field(
+        "raw",
+        description="weight of an expert: its softmax probability over all experts, or that probability divided by "
+        "the sum over the selected ones (which gives the router no task gradient at top_k = 1)",
+    )
+
+    @property
+    def max_top_k(self) -> int:
+        """The most experts that a token can get."""
+        return self.top_k
+
+
+class DAMoERouterConfig(Section):
+    """Attention gives each token an importance, and importance decides how many experts it gets (arXiv 2409.06669).
+
+    `budget: paper` is the paper's K = ceil(I * num_experts). `budget: mean_k` is K = ceil(alpha * I) with a per-layer
+    controller alpha that holds the mean K of a layer at `mean_k`, so that compute is fixed in advance.
+    """
+
+    type: Literal["da_moe"] = "da_moe"
+    importance: Literal["self_weight", "row_max", "row_entropy", "col_max"] = Field(
+        "self_weight", description="attention statistic, averaged over heads; col_max looks at the future"
+    )
+    budget: Literal["mean_k", "paper"] = "mean_k"
+    mean_k: PositiveFloat = Field(2.0, description="target mean number of experts per token (budget: mean_k)")
+    min_k: PositiveInt = 1
+    max_k: PositiveInt | None = Field(None, description="the most experts a token may get; default: num_experts")
+    controller_rate: PositiveFloat = Field(0.3, description="step size of log(alpha) per relative error of mean K")
+    gates: Literal["raw", "renormalized"] = "raw"
+
+    @model_validator(mode="after")
+    def _budget_is_reachable(self) -> DAMoERouterConfig:
+        top = self.max_k if self.max_k is not None else float("inf")
+        if self.min_k > top:
+            raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
+        if self.budget == "mean_k" and not self.min_k <= self.mean_k <= top:
+            raise ValueError(f"mean_k ({self.mean_k}) must lie between min_k ({self.min_k}) and max_k ({self.max_k})")
+        return self
+
+
+RouterConfig = Annotated[TopKRouterConfig | DAMoERouterConfig, Field(discriminator="type")]
+
+
+class HyperConfig(Section):
+    """HyperMoE (arXiv 2402.12656): one hypernetwork, shared by all layers, makes a small expert from the embeddings of
+    the experts that a token did not select."""
+
+    bottleneck: PositiveInt = Field(64, description="hidden units of the generated expert (r; `adapter_dim`)")
+    hidden: PositiveInt = Field(128, description="hidden units of the hypernetwork (h; `hypernetwork_bottleneck`)")
+    expert_embedding: PositiveInt = Field(128, description="size of an expert's embedding (t)")
+    process: PositiveInt = Field(128, description="hidden units of the selection-embedding MLP (q; `process_dim`)")
+    condition: PositiveInt = Field(128, description="size of the hypernetwork's input (c; `hypernet_input`)")
+    layer_embedding: PositiveInt = Field(10, description="size of a layer's embedding (m)")
+    aggregation: Literal["sum", "mean"] = Field(
+        "mean", description="over the embeddings of unselected experts; the official code sums, at a fixed K the same"
+    )
+    form: Literal["auto", "grouped", "factorized"] = Field(
+        "auto", description="how the generated expert is evaluated; auto picks the cheaper one for each batch"
+    )
+
+
+class MoEConfig(Section):
+    """The mixture-of-experts blocks that stand in the MLP slot of some layers."""
+
+    num_experts: PositiveInt
+    ffn_hidden_size: PositiveInt = Field(description="hidden units of one expert (SwiGLU: gate and up are each this wide)")
+    layer_freq: PositiveInt | list[Literal[0, 1]] = Field(
+        1, description="every n-th layer is MoE, counted so that the last of each n is one; or one 0/1 per layer"
+    )
+    router: RouterConfig = Field(default_factory=TopKRouterConfig)
+    hyper: HyperConfig | None = None
+    aux_loss_coeff: NonNegativeFloat = Field(0.01, description="load-balancing loss, per sequence")
+    z_loss_coeff: NonNegativeFloat = Field(0.0, description="router z-loss")
+
+    @model_validator(mode="after")
+    def _router_fits_experts(self) -> MoEConfig:
+        router = self.router
+        if isinstance(router, TopKRouterConfig) and router.top_k > self.num_experts:
+            raise ValueError(f"router.top_k ({router.top_k}) must not exceed num_experts ({self.num_experts})")
+        if isinstance(router, DAMoERouterConfig):
+            for name in ("min_k", "max_k"):
+                value = getattr(router, name)
+                if value is not None and value > self.num_experts:
+                    raise ValueError(f"router.{name} ({value}) must not exceed num_experts ({self.num_experts})")
+            if router.budget == "mean_k" and router.mean_k > self.num_experts:
+                raise ValueError(f"router.mean_k ({router.mean_k}) must not exceed num_experts ({self.num_experts})")
+        return self
+
+    @property
+    def max_top_k(self) -> int:
+        """The most experts that a token of this model can get."""
+        return min(self.router.max_k or self.num_experts, self.num_experts) if isinstance(
+            self.router, DAMoERouterConfig
+        ) else self.router.top_k
+
+
+class ModelConfig(Section):
+    """A causal decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = Field(None, description="key/value heads; default: num_attention_heads")
+    ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's SwiGLU MLP")
+    vocab_size: PositiveInt = Field(description="rows of the embedding; at least the tokenizer's size")
+    seq_length: PositiveInt
+    share_embeddings_and_output_weights: bool = False
+    layernorm_epsilon: PositiveFloat = 1e-5
+    rotary_base: PositiveFloat = 10000.0
+    init_method_std: PositiveFloat = 0.02
+    recompute: Literal["none", "full"] = Field("none", description="activation recompute: keep all, or only layer inputs")
+    moe: MoEConfig | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default resolved."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer with this 0-based global number has experts."""
+        if self.moe is None:
+            return False
+        freq = self.moe.layer_freq
+        return bool(freq[layer]) if isinstance(freq, list) else (layer + 1) % freq == 0
+
+    @model_validator(mode="after")
+    def _shapes_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"hidden_size / num_attention_heads ({self.head_dim}) must be even for rotary positions")
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_query_groups ({self.kv_heads})"
+            )
+        if self.moe is not None:
+            freq = self.moe.layer_freq
+            if isinstance(freq, list) and len(freq) != self.num_layers:
+                raise ValueError(f"moe.layer_freq has {len(freq)} entries; num_layers is {self.num_layers}")
+            if not any(self.is_moe_layer(i) for i in range(self.num_layers)):
+                raise ValueError(f"moe.layer_freq ({freq}) makes none of the {self.num_layers} layers a MoE layer")
+            router = self.moe.router
+            if isinstance(router, DAMoERouterConfig) and router.importance in NONCAUSAL_IMPORTANCE:
+                raise ValueError(
+                    f"moe.router.importance ({router.importance}) looks at later tokens, so in a causal model the routing "
+                    f"of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
+                )
+        return self
+
+
+# --- everything else ------------------------------------------------------------------------------------------------
+
+
+class ParallelConfig(Section):
+    """How the processes share the model. Data parallelism is what remains of the world size."""
+
+    tensor: PositiveInt = Field(1, description="ranks that split each dense weight")
+    pipeline: PositiveInt = Field(1, description="ranks that split the layers")
+    virtual_pipeline: PositiveInt = Field(1, description="model chunks per pipeline rank; above 1: interleaved 1F1B")
+    expert: PositiveInt = Field(1, description="ranks that split the experts")
+    sequence: bool = Field(False, description="sequence parallelism over the tensor ranks")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> ParallelConfig:
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual_pipeline ({self.virtual_pipeline}) needs pipeline > 1")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor > 1")
+        return self
+
+
+class BlendEntry(Section):
+    """One corpus of a blend: a Megatron .bin/.idx prefix and its weight."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class TokenizerConfig(Section):
+    """Where the tokenizer lies."""
+
+    type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    path: str = Field(description="a .model file (sentencepiece), a tokenizer.json or its folder (huggingface)")
+
+
+class DataConfig(Section):
+    """Corpora in Megatron's .bin/.idx format, blended and shuffled by megatron.core.datasets."""
+
+    tokenizer: TokenizerConfig
+    train: list[BlendEntry] = Field(min_length=1)
+    valid: list[BlendEntry] = Field(default_factory=list, description="own corpora for validation; else `split` cuts train")
+    split: str = Field("98,2,0", description="train,valid,test shares of `train` when `valid` is empty")
+    cache_dir: str | None = Field(None, description="index cache; default: <run.dir>/data-cache")
+
+    @field_validator("split")
+    @classmethod
+    def _three_shares(cls, value: str) -> str:
+        try:
+            shares = [float(x) for x in value.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+            raise ValueError("must be three non-negative numbers 'train,valid,test', the first above 0")
+        return value
+
+
+class ScheduleConfig(Section):
+    """Learning rate over iterations: warm-up from 0, then the named shape down to min_lr."""
+
+    type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup_iters: Count = 0
+    decay_iters: PositiveInt | None = Field(
+        None, description="wsd: length of the final decay (default: a fifth of train_iters); cosine, linear: where min_lr is reached"
+    )
+    min_lr: NonNegativeFloat = 0.0
+
+
+class OptimizerConfig(Section):
+    """AdamW on fp32 masters."""
+
+    type: Literal["auto", "adamw", "cpu_adam", "apex_fused_adam"] = Field(
+        "auto", description="auto: apex FusedAdam when NVIDIA's is there, else torch's fused AdamW on GPU; torch's AdamW on CPU"
+    )
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices; norms, biases and embeddings of experts and layers are exempt")
+    clip_grad: NonNegativeFloat = Field(1.0, description="one norm over dense, expert, hyper and tied parameters; 0: off")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO owns the optimizer state."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements per reduction bucket")
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    train_iters: PositiveInt
+    global_batch_size: PositiveInt = Field(description="sequences per step")
+    micro_batch_size: PositiveInt = Field(1, description="sequences per forward pass of one data-parallel rank")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of parameters and activations; masters are fp32")
+    seed: Count = 1234
+    log_interval: PositiveInt = 10
+    eval_interval: Count = Field(0, description="iterations between validations; 0: only at the end")
+    eval_iters: Count = Field(10, description="global batches per validation; 0: never")
+    stop_after: PositiveInt | None = Field(None, description="leave cleanly after this iteration, with a checkpoint")
+    max_skipped_steps: PositiveInt = Field(20, description="steps in a row skipped for non-finite gradients before giving up")
+
+
+class CheckpointConfig(Section):
+    """Sharded checkpoints that any layout can resume."""
+
+    save_interval: Count = Field(0, description="iterations between saves; 0: only at the end")
+    keep_last: PositiveInt = 3
+    resume: Literal["auto", "never"] = Field("auto", description="auto: the newest complete checkpoint of this run, if any")
+    load: str | None = Field(None, description="start from this checkpoint folder instead of this run's own")
+
+
+class RuntimeConfig(Section):
+    """What the processes run on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    timeout_minutes: PositiveFloat = 10.0
+    cpu_threads: PositiveInt | None = Field(None, description="threads per process on CPU; default: cores / local processes")
+
+
+class RunSection(Section):
+    """Identity of the run."""
+
+    dir: str = Field(description="run folder: resolved config, logs, metrics, TensorBoard, checkpoints")
+    name: str = "moetrain"
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    run: RunSection
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="further DeepSpeed settings, in DeepSpeed's own JSON names; must not contradict ours"
+    )
+
+    @model_validator(mode="after")
+    def _parallel_fits_model(self) -> RunConfig:
+        problems = list(_parallel_problems(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _parallel_problems(config: RunConfig):
+    """Rules between sections that need no world size. Yields one sentence per broken rule."""
+    model, par, train = config.model, config.parallel, config.training
+    if model.num_attention_heads % par.tensor or model.kv_heads % par.tensor:
+        yield (
+            f"parallel.tensor ({par.tensor}) must divide model.num_attention_heads ({model.num_attention_heads}) "
+            f"and model.num_query_groups ({model.kv_heads})"
+        )
+    for name in ("ffn_hidden_size", "vocab_size"):
+        if getattr(model, name) % par.tensor:
+            yield f"parallel.tensor ({par.tensor}) must divide model.{name} ({getattr(model, name)})"
+    if (par.sequence or model.moe) and model.seq_length % par.tensor:
+        yield f"parallel.tensor ({par.tensor}) must divide model.seq_length ({model.seq_length})"
+    chunks = par.pipeline * par.virtual_pipeline
+    if model.num_layers % chunks:
+        yield (
+            f"parallel.pipeline x parallel.virtual_pipeline ({par.pipeline} x {par.virtual_pipeline}) must divide "
+            f"model.num_layers ({model.num_layers})"
+        )
+    if model.moe is None and par.expert > 1:
+        yield f"parallel.expert ({par.expert}) needs a model with model.moe"
+    if model.moe is not None and model.moe.num_experts % par.expert:
+        legal = [n for n in range(1, model.moe.num_experts + 1) if model.moe.num_experts % n == 0]
+        yield (
+            f"parallel.expert ({par.expert}) must divide model.moe.num_experts ({model.moe.num_experts}); "
+            f"legal: {', '.join(map(str, legal))}"
+        )
+    if config.zero.stage == 3 and par.pipeline > 1:
+        yield (
+            f"zero.stage 3 with parallel.pipeline ({par.pipeline}) hangs in DeepSpeed (its parameter gathering does not "
+            "follow a pipeline schedule); use zero.stage 0, 1 or 2"
+        )
+    if config.zero.stage == 3 and model.moe is not None:
+        yield "zero.stage 3 is refused by DeepSpeed for models with experts; use zero.stage 0, 1 or 2"
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"training.micro_batch_size ({train.micro_batch_size}) must divide "
+            f"training.global_batch_size ({train.global_batch_size})"
+        )
+    if config.runtime.device == "cpu" and config.runtime.backend == "nccl":
+        yield "runtime.backend nccl needs runtime.device cuda; legal with cpu: gloo"

@@ -1,0 +1,138 @@
+"""Parameters and floating-point operations of a model, counted from its config alone.
+
+The shapes are those of the checkpoint format: `parameter_count(model).total` is the number of weights in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moetrain.config.schema import DAMoERouterConfig, HyperConfig, ModelConfig, MoEConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of weights. `total` is the sum of the five parts below it.
+
+    `active_per_token` leaves out the experts that a token does not visit, at the mean number of experts per token;
+    where that mean is not known in advance (DA-MoE with budget `paper`) it is the upper bound `max_k`.
+    """
+
+    total: int
+    active_per_token: int
+    embedding: int
+    attention: int
+    mlp: int
+    expert: int
+    hyper: int
+
+
+def parameter_count(model: ModelConfig) -> ParameterCount:
+    """Weights of the model by kind. `mlp` counts dense MLPs, routers and norms; a tied output layer counts once."""
+    parts = {"embedding": 0, "attention": 0, "mlp": 0, "expert": 0, "hyper": 0}
+    for name, shape in parameter_shapes(model):
+        parts[_part_of(name)] += math.prod(shape)
+    total = sum(parts.values())
+    idle = 0
+    if model.moe is not None:
+        idle = round(parts["expert"] * (1 - expected_mean_k(model.moe) / model.moe.num_experts))
+    return ParameterCount(total=total, active_per_token=total - idle, **parts)
+
+
+def expected_mean_k(moe: MoEConfig) -> float:
+    """Mean number of experts per token, or its upper bound where only training can tell."""
+    router = moe.router
+    if isinstance(router, DAMoERouterConfig):
+        return router.mean_k if router.budget == "mean_k" else float(moe.max_top_k)
+    return float(router.top_k)
+
+
+def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight in a checkpoint of this model, without its `weight.` prefix."""
+    d, hd = model.hidden_size, model.head_dim
+    yield "embedding.word_embeddings.weight", (model.vocab_size, d)
+    for i in range(model.num_layers):
+        layer = f"decoder.layers.{i}"
+        yield f"{layer}.input_layernorm.weight", (d,)
+        qkv_heads = model.num_attention_heads + 2 * model.kv_heads
+        yield f"{layer}.self_attention.linear_qkv.weight", (qkv_heads * hd, d)
+        yield f"{layer}.self_attention.linear_proj.weight", (d, model.num_attention_heads * hd)
+        yield f"{layer}.pre_mlp_layernorm.weight", (d,)
+        if model.moe is not None and model.is_moe_layer(i):
+            yield from _moe_shapes(f"{layer}.mlp", model.moe, d)
+        else:
+            yield f"{layer}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, d)
+            yield f"{layer}.mlp.linear_fc2.weight", (d, model.ffn_hidden_size)
+    yield "decoder.final_layernorm.weight", (d,)
+    if model.moe is not None and model.moe.hyper is not None:
+        yield from _hypernetwork_shapes(model.moe.hyper, model.num_layers, d)
+    if not model.share_embeddings_and_output_weights:
+        yield "output_layer.weight", (model.vocab_size, d)
+
+
+def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
+    """Floating-point operations per token for forward and backward: three times the forward pass.
+
+    Counted: matrix products, 2 per multiply-add, with causal attention's scores and values at the mean visible length
+    seq_length / 2. Not counted: norms, softmax, rotary positions, activation recompute, the optimizer. `mean_k` is the
+    mean number of experts per token (default: `expected_mean_k`).
+
+    HyperMoE is counted in its grouped form in the limit of many tokens per selected set: each token pays for its two
+    bottleneck products (4 * d * r); generating the matrices is paid once per distinct set and is left out. That is the
+    lower bound; with one set per token, generation would add 2 * (2 * d * r + d + r) * h per token and layer.
+    """
+    d, width = model.hidden_size, model.num_attention_heads * model.head_dim
+    qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    attention = 2 * d * (qkv_rows + width) + 2 * model.seq_length * width
+    dense_mlp = 6 * d * model.ffn_hidden_size
+    forward = 2.0 * d * model.vocab_size
+    for i in range(model.num_layers):
+        moe = model.moe if model.is_moe_layer(i) else None
+        forward += attention
+        if moe is None:
+            forward += dense_mlp
+            continue
+        k = expected_mean_k(moe) if mean_k is None else mean_k
+        forward += 2 * d * moe.num_experts + k * 6 * d * moe.ffn_hidden_size
+        if moe.hyper is not None:
+            forward += 4 * d * moe.hyper.bottleneck
+    return 3.0 * forward
+
+
+def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    e, f = moe.num_experts, moe.ffn_hidden_size
+    yield f"{prefix}.router.weight", (e, d)
+    yield f"{prefix}.experts.fc1", (e, 2 * f, d)
+    yield f"{prefix}.experts.fc2", (e, d, f)
+    if moe.hyper is not None:
+        hyper = moe.hyper
+        yield f"{prefix}.hyper.expert_embedding", (e, hyper.expert_embedding)
+        yield from _linear(f"{prefix}.hyper.process_in", hyper.process, hyper.expert_embedding)
+        yield from _linear(f"{prefix}.hyper.process_out", hyper.condition, hyper.process)
+
+
+def _hypernetwork_shapes(hyper: HyperConfig, num_layers: int, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    h, r = hyper.hidden, hyper.bottleneck
+    yield "hypernetwork.layer_embedding", (num_layers, hyper.layer_embedding)
+    yield from _linear("hypernetwork.input", h, hyper.condition + hyper.layer_embedding)
+    yield from _linear("hypernetwork.down", r * d, h)
+    yield from _linear("hypernetwork.down_bias", r, h)
+    yield from _linear("hypernetwork.up", d * r, h)
+    yield from _linear("hypernetwork.up_bias", d, h)
+
+
+def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (rows, columns)
+    yield f"{name}.bias", (rows,)
+
+
+def _part_of(name: str) -> str:
+    if name.startswith(("embedding.", "output_layer.")):
+        return "embedding"
+    if name.startswith("hypernetwork.") or ".hyper." in name:
+        return "hyper"
+    if ".experts." in name:
+        return "expert"
+    return "attention" if ".self_attention." in name else "mlp"

@@ -1,0 +1,115 @@
+"""Configuration of models trained with moetrain (HyperMoE and DA-MoE decoders)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+ROUTERS = ("top_k", "da_moe")
+GATES = ("raw", "renormalized")
+IMPORTANCE = ("self_weight", "row_max", "row_entropy")
+BUDGETS = ("mean_k", "paper")
+
+
+class MoetrainConfig(PretrainedConfig):
+    r"""A causal decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU) whose layers are dense or MoE.
+
+    Args:
+        moe_layers: for each layer, 1 if it has experts, 0 if it is dense; empty means all dense.
+        intermediate_size: hidden units of a dense layer; moe_intermediate_size: of one expert.
+        router_type: `top_k` gives every token `num_experts_per_tok` experts; `da_moe` gives it between `min_k` and
+            `max_k`, from its importance in the same layer's attention.
+        router_gates: `raw` weighs an expert by its softmax probability over all experts, `renormalized` by that
+            probability divided by the sum over the selected ones.
+        importance: (da_moe) `self_weight`, `row_max` or `row_entropy` of the token's attention row, mean over heads.
+        budget: (da_moe) `paper`: ceil(importance * num_experts); `mean_k`: ceil(exp(log_alpha) * importance), with the
+            trained `log_alpha` of each layer.
+        hyper: HyperMoE's sizes, or None: `bottleneck`, `hidden`, `expert_embedding`, `process`, `condition`,
+            `layer_embedding` and `aggregation` (`mean` or `sum` over the embeddings of unselected experts).
+    """
+
+    model_type = "moetrain"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 1024,
+        intermediate_size: int = 4096,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        moe_layers: list[int] | None = None,
+        num_experts: int = 8,
+        moe_intermediate_size: int = 1024,
+        router_type: str = "top_k",
+        num_experts_per_tok: int = 2,
+        router_gates: str = "raw",
+        importance: str = "self_weight",
+        budget: str = "mean_k",
+        min_k: int = 1,
+        max_k: int | None = None,
+        hyper: dict[str, Any] | None = None,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.moe_layers = list(moe_layers) if moe_layers else [0] * num_hidden_layers
+        self.num_experts = num_experts
+        self.moe_intermediate_size = moe_intermediate_size
+        self.router_type = router_type
+        self.num_experts_per_tok = num_experts_per_tok
+        self.router_gates = router_gates
+        self.importance = importance
+        self.budget = budget
+        self.min_k = min_k
+        self.max_k = max_k or num_experts
+        self.hyper = hyper
+        self._check()
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def _check(self) -> None:
+        for name, legal in (
+            ("router_type", ROUTERS),
+            ("router_gates", GATES),
+            ("importance", IMPORTANCE),
+            ("budget", BUDGETS),
+        ):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; legal: {', '.join(legal)}")
+        if len(self.moe_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"moe_layers has {len(self.moe_layers)} entries; num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size / num_attention_heads must be a whole, even number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_key_value_heads must divide num_attention_heads")
+        if any(self.moe_layers) and not 1 <= self.top_experts <= self.num_experts:
+            raise ValueError(f"a token may get {self.top_experts} experts; legal: 1 to num_experts ({self.num_experts})")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def top_experts(self) -> int:
+        """The most experts that a token can get."""
+        return self.max_k if self.router_type == "da_moe" else self.num_experts_per_tok

@@ -1,0 +1,441 @@
+"""Inference and fine-tuning of models trained with moetrain, in plain torch.
+
+Every routing decision of a token depends on that token's row of the attention matrix alone, so decoding with a cache,
+a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes the language-model loss;
+the balance losses and controllers of pretraining are not part of this file (`log_alpha` stays as trained).
+
+Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens, d width, E experts, r bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_moetrain import MoetrainConfig
+
+ROWS_AT_ONCE = 512
+"""Query rows whose attention probabilities exist at one time when a router needs them: memory is b*h*512*n."""
+
+
+class MoetrainRMSNorm(nn.Module):
+    """x / rms(x) in fp32, times the weight in x's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class MoetrainMLP(nn.Module):
+    """SwiGLU: a dense layer's MLP, or one expert."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [b, 1, s, head_dim]. Computed afresh, because a buffer would be lost when weights load on `meta`."""
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
+    angles = position_ids[:, None, :, None].float() * theta ** (-even / head_dim)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in the rotate-half layout; x [b, h, s, head_dim]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def visible_keys(attention_mask: Tensor | None, batch: int, queries: int, past: int, device: torch.device) -> Tensor:
+    """Which keys a query sees, bool [b or 1, 1, s, n]: itself and earlier tokens that are not padding.
+
+    `attention_mask` is None, [b, n] with 0 for padding, or the finished [b, 1, s, n] mask that `generate` makes for a
+    static cache (bool, or additive with 0 for visible). A padding token sees itself, so that no softmax is empty.
+    """
+    made = attention_mask is not None and attention_mask.dim() == 4
+    keys = torch.arange(attention_mask.shape[-1] if made else past + queries, device=device)
+    rows = torch.arange(past, past + queries, device=device)[:, None]
+    itself, causal = (keys == rows)[None, None], (keys <= rows)[None, None]
+    if attention_mask is None:
+        return causal
+    if made:
+        return itself | (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)
+    if attention_mask.shape != (batch, past + queries):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; must be [batch, cached + new tokens] "
+            f"= {(batch, past + queries)}"
+        )
+    return itself | causal & attention_mask.bool()[:, None, None]
+
+
+def row_statistic(kind: str, probabilities: Tensor, visible: Tensor, first: int) -> Tensor:
+    """One number per attention row, [b, h, s]. The first row's own key has index `first`."""
+    if kind == "row_max":
+        return probabilities.amax(-1)
+    if kind == "self_weight":
+        return probabilities.diagonal(first, -2, -1)
+    entropy = torch.special.entr(probabilities).sum(-1)
+    count = visible.sum(-1)
+    # ln 1 = 0 in the denominator: a token that sees only itself has entropy 0, divided by anything positive.
+    return entropy / count.clamp(min=2).float().log()
+
+
+def attend_with_importance(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, past: int, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Attention output [b, h, s, head_dim], and each token's importance, fp32 [b, s].
+
+    Scores are fp32 whatever the model's dtype: a rounding that depends on the batch's shape would change the number of
+    experts between prefill and decoding.
+    """
+    outputs, importance = [], []
+    for start in range(0, query.shape[2], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        seen = visible[:, :, rows]
+        scores = query[:, :, rows].float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+        probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(probabilities.to(value.dtype) @ value)
+        importance.append(row_statistic(kind, probabilities, seen, past + start).mean(1))
+    return torch.cat(outputs, dim=2), torch.cat(importance, dim=1)
+
+
+class MoetrainAttention(nn.Module):
+    """Grouped-query attention; with `importance`, also tells how much a token matters in its attention row."""
+
+    def __init__(self, config: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        self.layer_idx = layer
+        self.head_dim = head
+        self.importance = config.importance if config.moe_layers[layer] and config.router_type == "da_moe" else None
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, past: int, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        b, s, _ = x.shape
+        query, key, value = (
+            projection(x).view(b, s, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        importance = None
+        if self.importance is None:
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        else:
+            output, importance = attend_with_importance(query, key, value, visible, past, self.importance)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), importance
+
+
+# --- mixture of experts ---------------------------------------------------------------------------------------------
+
+
+class MoetrainRouter(nn.Module):
+    """Which experts a token goes to, and how much each weighs; all in fp32."""
+
+    def __init__(self, config: MoetrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        if config.router_type == "da_moe" and config.budget == "mean_k":
+            self.register_buffer("log_alpha", torch.zeros((), dtype=torch.float32))
+
+    def forward(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [T, d], importance [T] or None -> gates fp32 [T, E] (0 where not selected), selected bool [T, E]."""
+        probabilities = F.linear(x.float(), self.weight.float()).softmax(-1)
+        best, experts = probabilities.topk(self.config.top_experts, dim=-1)
+        ranks = torch.arange(best.shape[-1], device=x.device)
+        kept = ranks < self._budget(x, importance)[:, None]
+        best = best * kept
+        if self.config.router_gates == "renormalized":
+            best = best / best.sum(-1, keepdim=True)
+        gates = torch.zeros_like(probabilities).scatter(-1, experts, best)
+        selected = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, experts, kept)
+        return gates, selected
+
+    def _budget(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        """How many experts each token gets, [T]."""
+        config = self.config
+        if importance is None:
+            return torch.full(x.shape[:1], config.num_experts_per_tok, device=x.device)
+        scale = self.log_alpha.float().exp() if config.budget == "mean_k" else config.num_experts
+        return (importance * scale).ceil().clamp(config.min_k, config.max_k)
+
+
+class MoetrainHyperNetwork(nn.Module):
+    """Makes the weights of a small expert from a condition; one network for all layers (HyperMoE, arXiv 2402.12656)."""
+
+    def __init__(self, config: MoetrainConfig) -> None:
+        super().__init__()
+        sizes, width = config.hyper, config.hidden_size
+        hidden, bottleneck = sizes["hidden"], sizes["bottleneck"]
+        self.bottleneck = bottleneck
+        self.layer_embedding = nn.Parameter(torch.empty(config.num_hidden_layers, sizes["layer_embedding"]))
+        self.input = nn.Linear(sizes["condition"] + sizes["layer_embedding"], hidden)
+        self.down = nn.Linear(hidden, bottleneck * width)
+        self.down_bias = nn.Linear(hidden, bottleneck)
+        self.up = nn.Linear(hidden, width * bottleneck)
+        self.up_bias = nn.Linear(hidden, width)
+
+    def encode(self, condition: Tensor, layer: int) -> Tensor:
+        """[sets, c] -> [sets, h]."""
+        place = self.layer_embedding[layer].expand(condition.shape[0], -1)
+        return F.relu(self.input(torch.cat((condition, place), dim=-1)))
+
+    def expert(self, code: Tensor, x: Tensor) -> Tensor:
+        """The expert that code [h] stands for, on the tokens x [t, d] that share it."""
+        inner = F.linear(x, self.down(code).view(self.bottleneck, -1), self.down_bias(code))
+        return F.linear(F.relu(inner), self.up(code).view(-1, self.bottleneck), self.up_bias(code))
+
+
+class MoetrainHyper(nn.Module):
+    """A layer's own part of HyperMoE: the experts' embeddings, and the MLP that turns unselected ones into a condition."""
+
+    def __init__(self, config: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        sizes = config.hyper
+        self.layer_idx = layer
+        self.mean = sizes["aggregation"] == "mean"
+        self.expert_embedding = nn.Parameter(torch.empty(config.num_experts, sizes["expert_embedding"]))
+        self.process_in = nn.Linear(sizes["expert_embedding"], sizes["process"])
+        self.process_out = nn.Linear(sizes["process"], sizes["condition"])
+
+    def forward(self, x: Tensor, selected: Tensor, network: MoetrainHyperNetwork) -> Tensor:
+        """x [T, d], selected bool [T, E] -> [T, d]. Weights are made once per distinct selected set, not per token."""
+        sets, set_of_token = selected.unique(dim=0, return_inverse=True)
+        unselected = (~sets).to(self.expert_embedding.dtype)
+        total = unselected @ self.expert_embedding
+        if self.mean:
+            total = total / unselected.sum(-1, keepdim=True).clamp(min=1)
+        codes = network.encode(self.process_out(F.relu(self.process_in(total))), self.layer_idx)
+        order = set_of_token.argsort(stable=True)
+        counts = set_of_token.bincount(minlength=len(sets)).tolist()
+        rows = [network.expert(code, part) for code, part in zip(codes, x[order].split(counts), strict=True)]
+        return torch.empty_like(x).index_copy(0, order, torch.cat(rows))
+
+
+class MoetrainMoE(nn.Module):
+    """Selected experts, weighted, plus the generated expert if the model is a HyperMoE."""
+
+    def __init__(self, config: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        self.gate = MoetrainRouter(config)
+        self.experts = nn.ModuleList(
+            MoetrainMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+        if config.hyper is not None:
+            self.hyper = MoetrainHyper(config, layer)
+
+    def forward(self, x: Tensor, importance: Tensor | None, network: MoetrainHyperNetwork | None) -> Tensor:
+        """x [b, s, d], importance [b, s] or None -> [b, s, d]."""
+        tokens = x.flatten(0, 1)
+        gates, selected = self.gate(tokens, None if importance is None else importance.flatten())
+        output = torch.zeros_like(tokens, dtype=torch.float32)
+        for number, expert in enumerate(self.experts):
+            rows = selected[:, number].nonzero().squeeze(-1)
+            if len(rows):
+                output.index_add_(0, rows, gates[rows, number, None] * expert(tokens[rows]).float())
+        output = output.to(x.dtype)
+        if network is not None:
+            output = output + self.hyper(tokens, selected, network)
+        return output.view_as(x)
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+class MoetrainDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then + MLP(norm(x))."""
+
+    def __init__(self, config: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = MoetrainRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MoetrainAttention(config, layer)
+        self.post_attention_layernorm = MoetrainRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.sparse = bool(config.moe_layers[layer])
+        self.mlp = (
+            MoetrainMoE(config, layer) if self.sparse else MoetrainMLP(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        visible: Tensor,
+        past: int,
+        network: MoetrainHyperNetwork | None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        attended, importance = self.self_attn(self.input_layernorm(x), rotary, visible, past, past_key_values)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, importance, network) if self.sparse else self.mlp(normed))
+
+
+class MoetrainPreTrainedModel(PreTrainedModel):
+    config_class = MoetrainConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoetrainDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # A rounded log_alpha changes how many experts tokens get.
+    _keep_in_fp32_modules_strict = ["log_alpha"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MoetrainRouter):
+            nn.init.normal_(module.weight, std=std)
+            if hasattr(module, "log_alpha"):
+                nn.init.zeros_(module.log_alpha)
+        elif isinstance(module, MoetrainHyper):
+            nn.init.normal_(module.expert_embedding)
+        elif isinstance(module, MoetrainHyperNetwork):
+            nn.init.normal_(module.layer_embedding)
+
+
+class MoetrainModel(MoetrainPreTrainedModel):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: MoetrainConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoetrainDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MoetrainRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hypernetwork = MoetrainHyperNetwork(config) if config.hyper is not None else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions is not supported: attention runs without storing its probabilities")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        batch, queries, _ = x.shape
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = default_positions(attention_mask, queries, past, x.device)
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        visible = visible_keys(attention_mask, batch, queries, past, x.device)
+        states = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x)
+            x = layer(x, rotary, visible, past, self.hypernetwork, past_key_values=past_key_values)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states, x) if output_hidden_states else None,
+        )
+
+
+def default_positions(attention_mask: Tensor | None, queries: int, past: int, device: torch.device) -> Tensor:
+    """Positions of the new tokens, counted from the first one that is not padding; [b or 1, s]."""
+    if attention_mask is None or attention_mask.dim() == 4:
+        return torch.arange(past, past + queries, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
+
+
+class MoetrainForCausalLM(MoetrainPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoetrainConfig) -> None:
+        super().__init__(config)
+        self.model = MoetrainModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits [b, s, V] in the model's dtype; with `labels` [b, s] (-100: ignore) also their shifted cross-entropy.
+
+        `kwargs` go to the loss function (`num_items_in_batch` of the Trainer).
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+
+__all__ = ["MoetrainForCausalLM", "MoetrainModel", "MoetrainPreTrainedModel"]

@@ -1,0 +1,104 @@
+"""The README.md of an export: what was trained, how, from which step, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moetrain.config.schema import DAMoERouterConfig, ModelConfig, RunConfig
+
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- moetrain
+{tags}---
+
+# {name}
+
+{summary}
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| layers x width | {layers} x {width} |
+| attention heads (key/value) | {heads} ({kv_heads}) |
+| vocabulary | {vocabulary:,} |
+| context in training | {context:,} tokens |
+| dtype of this export | {dtype} |
+
+## Training
+
+Pretrained with [moetrain](https://pypi.org/project/moetrain/) for {step:,} of {planned:,} steps of {batch:,} sequences of
+{context:,} tokens: {tokens:,} tokens. {precision} with fp32 masters, AdamW, peak learning rate {lr:g} ({schedule}), weight
+decay {decay:g}, gradient norm clipped at {clip:g}, seed {seed}. Data: {data}.
+
+It is a base model: it continues text, and has been taught neither to follow instructions nor to avoid harmful output.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+prompt = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+
+`trust_remote_code=True` runs the two Python files of this folder; they need torch and transformers (4.57 or newer).
+"""
+
+
+def model_card(config: RunConfig, step: int, samples: int, parameters: int, dtype: str) -> str:
+    """Markdown with a metadata header. Corpora appear by file name only, so no path of the training machine leaks."""
+    model, train, optimizer = config.model, config.training, config.optimizer
+    return _TEMPLATE.format(
+        tags="- mixture-of-experts\n" if model.moe is not None else "",
+        name=config.run.name,
+        summary=_summary(model),
+        parameters=parameters,
+        layers=model.num_layers,
+        width=model.hidden_size,
+        heads=model.num_attention_heads,
+        kv_heads=model.kv_heads,
+        vocabulary=model.vocab_size,
+        context=model.seq_length,
+        dtype=dtype,
+        step=step,
+        planned=train.train_iters,
+        batch=train.global_batch_size,
+        tokens=samples * model.seq_length,
+        precision=train.precision,
+        lr=optimizer.lr,
+        schedule=optimizer.schedule.type,
+        decay=optimizer.weight_decay,
+        clip=optimizer.clip_grad,
+        seed=train.seed,
+        data=", ".join(f"{Path(corpus.path).name} (weight {corpus.weight:g})" for corpus in config.data.train),
+    )
+
+
+def _summary(model: ModelConfig) -> str:
+    if model.moe is None:
+        return "A dense causal decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU)."
+    moe, router = model.moe, model.moe.router
+    sparse = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
+    if isinstance(router, DAMoERouterConfig):
+        mean = f"{router.mean_k:g} on average" if router.budget == "mean_k" else "by the paper's ceil(importance * experts)"
+        routing = (
+            f"Dynamic routing (DA-MoE, arXiv 2409.06669): a token gets {router.min_k} to {moe.max_top_k} experts, {mean}, "
+            f"from its {router.importance} in the layer's attention."
+        )
+    else:
+        routing = f"Every token gets {router.top_k} experts."
+    hyper = (
+        " A shared hypernetwork adds an expert generated from the unselected ones (HyperMoE, arXiv 2402.12656)."
+        if moe.hyper is not None
+        else ""
+    )
+    return (
+        f"A causal decoder with {moe.num_experts} experts in {sparse} of its {model.num_layers} layers "
+        f"(RMSNorm, rotary positions, grouped-query attention, SwiGLU). {routing}{hyper}"
+    )

@@ -1,0 +1,80 @@
+"""The attention core: exact attention, and beside it the importance of each token that DA-MoE routes by.
+
+Legend: S sequence positions, B sequences, H local query heads, G local key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moetrain.ops import attention_importance
+
+
+class ImportanceAttention(nn.Module):
+    """Causal scaled-dot-product attention in Megatron's `core_attention` slot.
+
+    With a `measure`, each forward also computes the tokens' importance and keeps it until `take_importance`: Megatron's
+    attention module returns one tensor only, and the MoE layer of the same transformer layer asks for it next.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: object,
+        attention_type: str,
+        measure: str | None,
+        tensor_group: dist.ProcessGroup,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: object = None,
+    ) -> None:
+        """Megatron passes everything but `measure` and `tensor_group`, which come from the module spec."""
+        super().__init__()
+        self.measure, self.tensor_group = measure, tensor_group
+        self.num_heads = config.num_attention_heads
+        assert config.kv_channels is not None
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self._importance_SB: Tensor | None = None
+
+    def forward(
+        self,
+        query_SBHd: Tensor,
+        key_SBGd: Tensor,
+        value_SBGd: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
+        """[S, B, H * d].
+
+        Communication: with a measure, an all-reduce of [S, B] fp32 over the tensor ranks, which split the heads.
+        """
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        if self.measure is not None:
+            self._importance_SB = self._importance(query_SBHd, key_SBGd)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBHd, key_SBGd, value_SBGd))
+        grouped = q.shape[1] != k.shape[1]
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def take_importance(self) -> Tensor | None:
+        """Importance of the tokens of the last forward, fp32 [S, B] over the whole sequence, averaged over all heads
+        of all tensor ranks; None without a measure. Handed out once."""
+        importance_SB, self._importance_SB = self._importance_SB, None
+        return importance_SB
+
+    @torch.no_grad()
+    def _importance(self, query_SBHd: Tensor, key_SBGd: Tensor) -> Tensor:
+        assert self.measure is not None
+        total_SB = attention_importance(query_SBHd, key_SBGd, self.measure, causal=True, scale=self.scale)
+        if self.tensor_group.size() > 1:
+            dist.all_reduce(total_SB, group=self.tensor_group)
+        return total_SB / self.num_heads

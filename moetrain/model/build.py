@@ -1,0 +1,169 @@
+"""From a `ModelConfig` to this rank's model chunks. The only place that makes a Megatron `TransformerConfig`."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
+
+from moetrain.config.schema import DAMoERouterConfig, ModelConfig, ParallelConfig
+from moetrain.model.attention import ImportanceAttention
+from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm
+from moetrain.moe.dispatcher import TokenDispatcher
+from moetrain.moe.hyper import HyperNetwork
+from moetrain.moe.layer import MoELayer
+from moetrain.runtime import megatron_cpu
+from moetrain.runtime.groups import ParallelGroups
+
+
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype, device: torch.device
+) -> list[Decoder]:
+    """This rank's pipeline chunks, uninitialised (see `initialize`), on `device`.
+
+    The hypernetwork is registered in the first chunk of every rank and shared by all layers of all its chunks.
+    """
+    config = transformer_config(model, parallel, dtype)
+    hypernetwork = None
+    if model.moe is not None and model.moe.hyper is not None:
+        hypernetwork = HyperNetwork(model.moe.hyper, model.num_layers, model.hidden_size, dtype)
+    layout, stage = groups.layout, groups.coordinates.pipeline
+    chunks = []
+    for chunk in range(layout.virtual_pipeline):
+        layers = layout.layers_of(model.num_layers, stage, chunk)
+        decoder = Decoder(
+            config,
+            _block_spec(model, layers, groups, hypernetwork),
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.seq_length,
+            pre_process=layers.start == 0,
+            post_process=layers.stop == model.num_layers,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=int(model.rotary_base),
+            vp_stage=chunk if layout.virtual_pipeline > 1 else None,
+        )
+        assert [layer.layer_number - 1 for layer in decoder.decoder.layers] == list(layers)
+        chunks.append(decoder)
+    if hypernetwork is not None:
+        chunks[0].add_module("hypernetwork", hypernetwork)
+    megatron_cpu.install()  # modules that Megatron imported while it was building
+    return [chunk.to(device) for chunk in chunks]
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's view of the model."""
+    interleaved = parallel.virtual_pipeline > 1
+    on_cpu = not torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_moe_experts=model.moe.num_experts if model.moe else None,
+        moe_ffn_hidden_size=model.moe.ffn_hidden_size if model.moe else None,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        recompute_granularity="full" if model.recompute == "full" else None,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.sequence,
+        # Every weight is filled by `initialize`, from its global name.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Batched point-to-point matches messages to one peer in posting order, and with two stages the previous and
+        # the next peer are the same: interleaving would silently swap activations. Single messages do not.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        # gloo's isend may still read a tensor when the call returns; freeing it corrupts gradients now and then.
+        deallocate_pipeline_outputs=not (interleaved and on_cpu),
+        # Fused kernels need Transformer Engine, apex or a JIT compiler at start-up; ours are in `csrc`.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _block_spec(
+    model: ModelConfig, layers: range, groups: ParallelGroups, hypernetwork: HyperNetwork | None
+) -> TransformerBlockSubmodules:
+    dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert) if model.moe else None
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(model, i, groups, hypernetwork, dispatcher) for i in layers],
+        layer_norm=ParallelRMSNorm,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _layer_spec(
+    model: ModelConfig,
+    layer: int,
+    groups: ParallelGroups,
+    hypernetwork: HyperNetwork | None,
+    dispatcher: TokenDispatcher | None,
+) -> ModuleSpec:
+    if model.is_moe_layer(layer):
+        assert model.moe is not None
+        router = model.moe.router
+        measure = router.importance if isinstance(router, DAMoERouterConfig) else None
+        params = {
+            "moe": model.moe,
+            "groups": groups,
+            "hypernetwork": hypernetwork,
+            "layer": layer,
+            "dispatcher": dispatcher,
+        }
+        mlp = ModuleSpec(module=MoELayer, params=params)
+        layer_class: type = MoETransformerLayer
+    else:
+        measure = None
+        fc = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        mlp = ModuleSpec(module=MLP, submodules=fc)
+        layer_class = TransformerLayer
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=ModuleSpec(
+            module=ImportanceAttention, params={"measure": measure, "tensor_group": groups.tensor}
+        ),
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=layer_class,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=ParallelRMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=ParallelRMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

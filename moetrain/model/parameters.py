@@ -1,0 +1,184 @@
+"""Which global tensor each local parameter is a part of, and how it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import Tensor, nn
+
+from moetrain.config.schema import ModelConfig
+from moetrain.model.decoder import Decoder
+from moetrain.moe.routing import BudgetedCount
+from moetrain.runtime.groups import ParallelGroups
+from moetrain.runtime.parameters import Block, ParameterInfo
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of this rank under their global names: layers by global number, a tied output as the embedding."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield _global_name(chunk, name), parameter
+
+
+def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, BudgetedCount]]:
+    """Mean-K controllers of this rank under the name of their state, `decoder.layers.<i>.mlp.router.log_alpha`."""
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if isinstance(module, BudgetedCount):
+                yield _global_name(chunk, name.removesuffix(".count") + ".log_alpha"), module
+
+
+def describe_parameters(chunks: Sequence[Decoder], groups: ParallelGroups, sequence_parallel: bool) -> list[ParameterInfo]:
+    """A `ParameterInfo` for every parameter of this rank, in a deterministic order."""
+    tied_embeddings = {
+        id(chunk.shared_embedding_or_output_weight()) for chunk in chunks if chunk.share_embeddings_and_output_weights
+    }
+    splits = {id(p): dim for chunk in chunks for p, dim in _split_dimensions(chunk)}
+    return [
+        _describe(name, p, groups, sequence_parallel, splits.get(id(p)), id(p) in tied_embeddings)
+        for name, p in named_parameters(chunks)
+    ]
+
+
+def _split_dimensions(chunk: Decoder) -> Iterator[tuple[nn.Parameter, int]]:
+    """Weights that tensor parallelism splits, and along which dimension. Told by the modules' types: Megatron marks the
+    weights too, but only where it also initialises them."""
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            yield module.weight, 0
+        elif isinstance(module, RowParallelLinear):
+            yield module.weight, 1
+
+
+def _global_name(chunk: Decoder, name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    name = ".".join(parts)
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return _EMBEDDING
+    return name
+
+
+def _describe(
+    name: str, parameter: nn.Parameter, groups: ParallelGroups, sequence_parallel: bool, split_dim: int | None, tied_embedding: bool
+) -> ParameterInfo:
+    at, layout = groups.coordinates, groups.layout
+    shape = tuple(parameter.shape)
+    expert = ".mlp.experts." in name
+    if expert:
+        global_shape = (shape[0] * layout.expert, *shape[1:])
+        blocks = (Block(shape[0], (at.expert * shape[0], *(0 for _ in shape[1:]))),)
+    elif split_dim is None or layout.tensor == 1:
+        global_shape, blocks = shape, (Block(shape[0], (0,) * len(shape)),)
+    else:
+        global_shape, blocks = _tensor_split(name, shape, split_dim, at.tensor, layout.tensor)
+    tied = "no"
+    if layout.pipeline > 1 and name.startswith("hypernetwork."):
+        tied = "pipeline"
+    elif layout.pipeline > 1 and tied_embedding:
+        tied = "embedding"
+    replicated_over_tensor = not expert and split_dim is None
+    return ParameterInfo(
+        name=name,
+        parameter=parameter,
+        global_shape=global_shape,
+        blocks=blocks,
+        expert=expert,
+        counted=(tied == "no" or groups.is_first_stage) and not (replicated_over_tensor and at.tensor > 0),
+        sum_over_tensor=layout.tensor > 1 and replicated_over_tensor and _is_partial(name, sequence_parallel),
+        tied=tied,
+        decay=len(shape) >= 2 and not name.endswith(("expert_embedding", "layer_embedding")),
+    )
+
+
+def _tensor_split(
+    name: str, shape: tuple[int, ...], dim: int, rank: int, ranks: int
+) -> tuple[tuple[int, ...], tuple[Block, ...]]:
+    """Where a tensor-parallel shard lies. A SwiGLU fc1 holds this rank's gate rows, then its up rows."""
+    global_shape = tuple(n * ranks if i == dim else n for i, n in enumerate(shape))
+    if name.endswith(".mlp.linear_fc1.weight"):
+        half = shape[0] // 2
+        gate = Block(half, (rank * half, 0))
+        return global_shape, (gate, Block(half, (half * ranks + rank * half, 0)))
+    offset = tuple(rank * n if i == dim else 0 for i, n in enumerate(shape))
+    return global_shape, (Block(shape[0], offset),)
+
+
+def _is_partial(name: str, sequence_parallel: bool) -> bool:
+    """Whether each tensor rank sees only its own tokens' gradient of this replicated parameter."""
+    in_moe_block = ".mlp.router." in name or ".mlp.hyper." in name or name.startswith("hypernetwork.")
+    return in_moe_block or sequence_parallel
+
+
+@torch.no_grad()
+def initialize(chunks: Sequence[Decoder], infos: Sequence[ParameterInfo], model: ModelConfig, seed: int) -> None:
+    """Fill every parameter as a pure function of (seed, global name, global index).
+
+    So any layout starts from the same weights, tied copies start equal, and no seed checkpoint is needed. Experts are
+    drawn one by one; other tensors are drawn whole on every rank and sliced, which costs one tensor's memory at a time.
+    """
+    for info in infos:
+        if info.expert:
+            first = info.blocks[0].offset[0]
+            for i in range(info.parameter.shape[0]):
+                info.parameter[i].copy_(_draw(f"{info.name}[{first + i}]", info.name, info.global_shape[1:], model, seed))
+            continue
+        whole = _draw(info.name, info.name, info.global_shape, model, seed)
+        row = 0
+        for block in info.blocks:
+            local = info.parameter[row : row + block.rows]
+            index = tuple(slice(o, o + n) for o, n in zip(block.offset, local.shape, strict=True))
+            local.copy_(whole[index])
+            row += block.rows
+
+
+def _draw(key: str, name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    distribution, scale = _initial_distribution(name, model)
+    if distribution == "constant":
+        return torch.full(shape, scale)
+    if distribution == "normal":
+        return torch.randn(shape, generator=generator) * scale
+    return torch.rand(shape, generator=generator) * (2 * scale) - scale
+
+
+def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
+    """(distribution, value | standard deviation | half width) of a parameter.
+
+    Dense weights are Megatron's: normal(std), and std / sqrt(2 L) where a block writes to the residual stream. The
+    hypernetwork's heads are "hyperfan-in" scaled by 1e-3, so that the generated expert starts near zero (official
+    HyperMoE code, adapter_generators.py); its other linear layers are PyTorch's default, and embeddings normal(1).
+    """
+    std = model.init_method_std
+    hyper = model.moe.hyper if model.moe else None
+    table: list[tuple[str, str, float]] = [
+        ("*layernorm.weight", "constant", 1.0),
+        ("*.linear_proj.weight", "normal", std / math.sqrt(2 * model.num_layers)),
+        ("*.linear_fc2.weight", "normal", std / math.sqrt(2 * model.num_layers)),
+        ("*.experts.fc2", "normal", std / math.sqrt(2 * model.num_layers)),
+    ]
+    if hyper is not None:
+        d, h, r = model.hidden_size, hyper.hidden, hyper.bottleneck
+        table += [
+            ("*_embedding", "normal", 1.0),
+            ("hypernetwork.down.weight", "uniform", 1e-3 * math.sqrt(3 / (h * d))),
+            ("hypernetwork.up.weight", "uniform", 1e-3 * math.sqrt(3 / (h * r))),
+            ("hypernetwork.*_bias.weight", "uniform", 1e-3 * math.sqrt(3 / h)),
+            ("hypernetwork.input.*", "uniform", (hyper.condition + hyper.layer_embedding) ** -0.5),
+            ("hypernetwork.*.bias", "constant", 0.0),
+            ("*.process_in.*", "uniform", hyper.expert_embedding**-0.5),
+            ("*.process_out.*", "uniform", hyper.process**-0.5),
+        ]
+    for pattern, distribution, scale in table:
+        if fnmatchcase(name, pattern):
+            return distribution, scale
+    return "normal", std

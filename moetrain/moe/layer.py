@@ -1,0 +1,128 @@
+"""The layer that stands in Megatron's MLP slot.
+
+Legend: S sequence positions of this rank, B sequences of the micro-batch, D hidden size, T = S * B tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from moetrain.config.schema import MoEConfig
+from moetrain.moe.dispatcher import TokenDispatcher
+from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.hyper import HyperExperts, HyperNetwork
+from moetrain.moe.losses import load_balance_loss, router_z_loss
+from moetrain.moe.routing import Router, RoutingDecision
+from moetrain.moe.telemetry import RouterTelemetry
+from moetrain.runtime.groups import ParallelGroups
+
+
+class MoELayer(nn.Module):
+    """y = sum_{e in S(x)} g_e Expert_e(x)  [+ hyper-expert(x)].
+
+    Tokens are always split over the tensor ranks here: by sequence parallelism where it is on, else by the layer
+    itself, which scatters its input and gathers its output. So no token is routed twice, and the gradients of the
+    router and the hyper-expert are partial sums over the tensor ranks in both cases (`sum_over_tensor` parameters).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        moe: MoEConfig,
+        groups: ParallelGroups,
+        hypernetwork: HyperNetwork | None,
+        layer: int,
+        dispatcher: TokenDispatcher,
+    ) -> None:
+        """`layer` is the 0-based global number; `config` is Megatron's, which the module spec passes."""
+        super().__init__()
+        assert (hypernetwork is None) == (moe.hyper is None)
+        dtype = config.params_dtype
+        self.moe, self.groups, self.layer, self.dispatcher = moe, groups, layer, dispatcher
+        self.sequence_parallel = config.sequence_parallel
+        self.recompute = config.recompute_granularity == "full"
+        self.router = Router(moe, config.hidden_size, dtype)
+        self.experts = GroupedExperts(
+            moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
+        )
+        self.hyper = HyperExperts(moe.hyper, moe.num_experts, layer, dtype) if moe.hyper else None
+        # In a tuple, because the hypernetwork belongs to the model and must not be registered once per layer.
+        self._hypernetwork = (hypernetwork,)
+        self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k)
+
+    def forward(self, x_SBD: Tensor, importance_SB: Tensor | None) -> Tensor:
+        """[S, B, D] -> [S, B, D].
+
+        Args:
+            x_SBD: normalised hidden states; this rank's part of the sequence under sequence parallelism, else all.
+            importance_SB: fp32 importance of every token of the whole sequence, or None for routers without it.
+
+        Communication: the dispatch's all-to-alls over the expert ranks; the balance loss's all-reduce and, without
+        sequence parallelism, a gather over the tensor ranks.
+        """
+        scatter = self.groups.tensor.size() > 1 and not self.sequence_parallel
+        if scatter:
+            x_SBD = scatter_to_sequence_parallel_region(x_SBD)
+        x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
+        decision = self.router(x_TD, self._local_importance(importance_SB, x_SBD.shape[0]))
+        rows, handle = self.dispatcher.dispatch(x_TD, decision.expert_ids_TK)
+        experts_TD = self.dispatcher.combine(
+            self.experts(rows, handle.tokens_per_local_expert), decision.weights_TK, handle
+        )
+        hyper_TD = None
+        output_TD = experts_TD
+        if self.hyper is not None:
+            (network,) = self._hypernetwork
+            assert network is not None
+            hyper_TD = self.hyper(x_TD, decision.expert_ids_TK, network)
+            output_TD = experts_TD + hyper_TD
+        if self.training:
+            balance, z_loss = self._losses(decision, x_SBD.shape[:2])
+            if self._is_first_pass():
+                self.telemetry.add(
+                    handle.plan.tokens_per_expert_E,
+                    decision.num_selected_T,
+                    balance,
+                    z_loss,
+                    experts_TD,
+                    hyper_TD,
+                    sequences=x_SBD.shape[1],
+                )
+            auxiliary = self.moe.aux_loss_coeff * balance + self.moe.z_loss_coeff * z_loss
+            output_TD = MoEAuxLossAutoScaler.apply(output_TD, auxiliary)
+        output_SBD = output_TD.view(x_SBD.shape)
+        if scatter:
+            output_SBD = gather_from_sequence_parallel_region(output_SBD, tensor_parallel_output_grad=False)
+        return output_SBD
+
+    def _local_importance(self, importance_SB: Tensor | None, local_length: int) -> Tensor | None:
+        if importance_SB is None:
+            return None
+        start = self.groups.coordinates.tensor * local_length
+        return importance_SB[start : start + local_length].reshape(-1)
+
+    def _losses(self, decision: RoutingDecision, shape_SB: torch.Size) -> tuple[Tensor, Tensor]:
+        length = shape_SB[0] * self.groups.tensor.size()
+        probs_SBE = decision.probs_TE.view(*shape_SB, -1)
+        # Unused slots (-1) count into an extra column that is cut off.
+        ids_TK = decision.expert_ids_TK
+        num_experts = self.moe.num_experts
+        selected_TE = torch.zeros(ids_TK.shape[0], num_experts + 1, device=ids_TK.device)
+        selected_TE.scatter_(1, torch.where(ids_TK < 0, num_experts, ids_TK), 1.0)
+        selected_SBE = selected_TE[:, :num_experts].view(*shape_SB, -1)
+        balance = load_balance_loss(probs_SBE, selected_SBE, length, self.groups.tensor)
+        return balance, router_z_loss(decision.logits_TE.view(*shape_SB, -1), length)
+
+    def _is_first_pass(self) -> bool:
+        """Whether this is the forward pass and not its recomputation, which must not be counted again.
+
+        Full recompute runs the forward pass without gradients and the recomputation with them.
+        """
+        return torch.is_grad_enabled() != self.recompute

@@ -1,0 +1,35 @@
+"""Operators for mixture-of-experts layers: compiled (``csrc/``), differentiable, with a plain-torch
+specification in :mod:`moetrain.ops.reference`. Depends on torch only, so other projects can use it."""
+
+from moetrain.ops.all_to_all import all_to_all
+from moetrain.ops.grouped_gemm import grouped_gemm, row_invariant_linear
+from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_importance
+from moetrain.ops.library import ExtensionError, ExtensionInfo, extension_info
+from moetrain.ops.permute import (
+    PermutePlan,
+    combine,
+    gather_rows,
+    permute,
+    plan_permutation,
+    reorder_by_expert,
+    unpermute,
+)
+
+__all__ = [
+    "CAUSAL_MEASURES",
+    "NONCAUSAL_MEASURES",
+    "ExtensionError",
+    "ExtensionInfo",
+    "PermutePlan",
+    "all_to_all",
+    "attention_importance",
+    "combine",
+    "extension_info",
+    "gather_rows",
+    "grouped_gemm",
+    "permute",
+    "plan_permutation",
+    "reorder_by_expert",
+    "row_invariant_linear",
+    "unpermute",
+]

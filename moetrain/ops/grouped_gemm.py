@@ -1,0 +1,80 @@
+"""One matrix product per expert over rows sorted by expert, in one call.
+
+Legend: R routed rows, E experts, K in, N out (``nn.Linear``'s ``[out, in]``). No function here communicates.
+
+**Row invariance.** The bits of an output row, and of a row of the input gradient, depend on that row and the
+weights only: not on how many rows its expert has, on where it stands, or on the number of threads. Library
+products do not promise this (they choose a kernel by shape), and the proof that no token sees the future
+needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.ops import library as _library  # noqa: F401  (registers the operators)
+
+_ops = torch.ops.moetrain
+
+
+def grouped_gemm(x_RK: Tensor, w_ENK: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """Rows of expert ``e`` times ``w_ENK[e].T``: ``[R, N]`` in the dtype of ``x_RK``.
+
+    Args:
+        x_RK: float32 or bfloat16 (float32 accumulation), rows sorted by expert.
+        w_ENK: same dtype.
+        tokens_per_expert_E: int64, rows of each expert; sums to R. CUDA does not check the sum (that would
+            wait for the device): there, rows beyond it give zeros.
+
+    Differentiable in ``x_RK`` and ``w_ENK``; the weight gradient of an expert without rows is exactly zero.
+    The weight gradient adds rows in order, so it is the same for any number of threads.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    """
+    return _ops.grouped_gemm(x_RK, w_ENK, tokens_per_expert_E)
+
+
+def row_invariant_linear(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``F.linear`` with the row invariance of :func:`grouped_gemm`: ``[..., K]`` -> ``[..., N]``."""
+    rows = x_RK.reshape(-1, x_RK.size(-1))
+    all_rows = torch.full((1,), rows.size(0), dtype=torch.int64, device=x_RK.device)
+    y = _ops.grouped_gemm(rows, w_NK.unsqueeze(0), all_rows).view(*x_RK.shape[:-1], w_NK.size(0))
+    return y if bias_N is None else y + bias_N
+
+
+@torch.library.register_fake("moetrain::grouped_gemm")
+def _fprop_fake(x: Tensor, w: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), w.size(1))
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_dgrad")
+def _dgrad_fake(grad: Tensor, w: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return grad.new_empty(grad.size(0), w.size(2))
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_wgrad")
+def _wgrad_fake(grad: Tensor, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return grad.new_empty(tokens_per_expert.size(0), grad.size(1), x.size(1))
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x, w, tokens_per_expert = inputs
+    # The gradient of x needs the weight and that of the weight x: what nobody needs is not kept alive.
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None, tokens_per_expert
+    )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, w, tokens_per_expert = ctx.saved_tensors
+    grad = grad.contiguous()
+    dx = _ops.grouped_gemm_dgrad(grad, w, tokens_per_expert) if ctx.needs_input_grad[0] else None
+    dw = _ops.grouped_gemm_wgrad(grad, x, tokens_per_expert) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+torch.library.register_autograd("moetrain::grouped_gemm", _backward, setup_context=_setup)

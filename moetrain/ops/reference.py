@@ -1,0 +1,98 @@
+"""What every operator of ``moetrain.ops`` means, in plain torch. The tests hold the compiled code to these.
+
+Written to be read, not to be fast: loops over experts and tokens, no trick. Differentiable by torch itself,
+in any floating dtype (float64 for gradient checks), on any device.
+
+Legend: T tokens, K slots a token, R routed rows, E experts, D hidden, N out, W ranks, S sequence, B batch,
+H query heads, G key heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def plan_permutation(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stable sort of the used slots by expert: the four tensors of :class:`moetrain.ops.PermutePlan`."""
+    flat = expert_ids_TK.reshape(-1)
+    used = (flat >= 0).nonzero().reshape(-1)
+    row_slot_R = used[torch.argsort(flat[used], stable=True)]
+    slot_row = torch.full_like(flat, -1)
+    slot_row[row_slot_R] = torch.arange(row_slot_R.numel(), device=flat.device)
+    tokens_per_expert_E = torch.bincount(flat[used], minlength=num_experts)
+    row_token_R = row_slot_R // max(expert_ids_TK.size(1), 1)
+    return row_token_R, row_slot_R, slot_row.view_as(expert_ids_TK), tokens_per_expert_E
+
+
+def permute(x_TD: Tensor, row_token_R: Tensor) -> Tensor:
+    """``rows[r] = x[row_token[r]]``."""
+    return x_TD[row_token_R]
+
+
+def combine(rows_RD: Tensor, weights_TK: Tensor, slot_row_TK: Tensor) -> Tensor:
+    """``y[t] = sum over used slots j of weights[t, j] * rows[slot_row[t, j]]``, in float32 or wider."""
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    rows, weights = rows_RD.to(wide), weights_TK.to(wide)
+    y_TD = rows.new_zeros(slot_row_TK.size(0), rows_RD.size(1))
+    for slot in range(slot_row_TK.size(1)):
+        tokens = (slot_row_TK[:, slot] >= 0).nonzero().reshape(-1)
+        y_TD = y_TD.index_add(0, tokens, weights[tokens, slot, None] * rows[slot_row_TK[tokens, slot]])
+    return y_TD.to(rows_RD.dtype)
+
+
+def unpermute(rows_RD: Tensor, slot_row_TK: Tensor) -> Tensor:
+    """Sum of each token's rows: :func:`combine` with weights of one."""
+    return combine(rows_RD, torch.ones(slot_row_TK.shape, device=rows_RD.device), slot_row_TK)
+
+
+def reorder_by_expert(counts_WE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From (source rank, expert) order to (expert, source rank) order: index, its inverse, counts."""
+    counts = counts_WE.tolist()
+    num_ranks, num_experts = counts_WE.shape
+    starts, row = {}, 0
+    for rank in range(num_ranks):
+        for expert in range(num_experts):
+            starts[rank, expert] = row
+            row += counts[rank][expert]
+    index = [
+        starts[rank, expert] + i
+        for expert in range(num_experts)
+        for rank in range(num_ranks)
+        for i in range(counts[rank][expert])
+    ]
+    inverse = sorted(range(len(index)), key=index.__getitem__)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=counts_WE.device)  # noqa: E731
+    return as_tensor(index), as_tensor(inverse), counts_WE.sum(dim=0)
+
+
+def grouped_gemm(x_RK: Tensor, w_ENK: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """Rows of expert ``e`` times ``w[e].T``; rows are sorted by expert. float32 or wider inside."""
+    wide = torch.promote_types(x_RK.dtype, torch.float32)
+    groups = x_RK.to(wide).split(tokens_per_expert_E.tolist())
+    products = [rows @ w.to(wide).T for rows, w in zip(groups, w_ENK.unbind(), strict=True)]
+    return torch.cat(products).to(x_RK.dtype)
+
+
+def attention_importance(q_SBHd: Tensor, k_SBGd: Tensor, measure: str, causal: bool, scale: float) -> Tensor:
+    """The whole attention matrix at once; see :func:`moetrain.ops.attention_importance` for the measures."""
+    seq, _, heads, _ = q_SBHd.shape
+    k_SBHd = k_SBGd.repeat_interleave(heads // k_SBGd.size(2), dim=2)
+    scores_BHSS = torch.einsum("ibhd,jbhd->bhij", q_SBHd.float(), k_SBHd.float()) * scale
+    visible_SS = torch.ones(seq, seq, dtype=torch.bool, device=q_SBHd.device)
+    if causal:
+        visible_SS = visible_SS.tril()
+    p_BHSS = scores_BHSS.masked_fill(~visible_SS, -math.inf).softmax(dim=-1)
+    if measure == "self_weight":
+        importance_BHS = p_BHSS.diagonal(dim1=-2, dim2=-1)
+    elif measure == "row_max":
+        importance_BHS = p_BHSS.amax(dim=-1)
+    elif measure == "row_entropy":
+        entropy_BHS = -torch.xlogy(p_BHSS, p_BHSS).sum(dim=-1)
+        importance_BHS = entropy_BHS / visible_SS.sum(dim=-1).float().log().clamp(min=1e-9)
+        importance_BHS = importance_BHS.masked_fill(visible_SS.sum(dim=-1) == 1, 0.0)
+    else:
+        importance_BHS = p_BHSS.amax(dim=-2)
+    return importance_BHS.sum(dim=1).T

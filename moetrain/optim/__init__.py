@@ -1,0 +1,1 @@
+"""Optimizer state under DeepSpeed ZeRO, and the learning-rate schedules."""

@@ -1,0 +1,79 @@
+"""One rank of one run, from config to exit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moetrain.checkpoint.comm import TorchDistributed
+from moetrain.checkpoint.manager import CheckpointManager
+from moetrain.config.layout import ParallelLayout, check_layout
+from moetrain.config.loader import dump_yaml
+from moetrain.config.schema import RunConfig
+from moetrain.config.size import flops_per_token, parameter_count
+from moetrain.ops import extension_info
+from moetrain.optim.schedules import check_schedule
+from moetrain.runtime.environment import Decision, Machine, join_processes, prepare_machine
+from moetrain.runtime.groups import create_groups
+from moetrain.runtime.logs import configure_logs
+from moetrain.train.callbacks import standard_callbacks
+from moetrain.train.data import open_data
+from moetrain.train.metrics import Throughput, peak_flops
+from moetrain.train.setup import DTYPES, build_step
+from moetrain.train.step import TrainStep
+from moetrain.train.trainer import Trainer
+
+
+def train(config: RunConfig) -> None:
+    """Train as this process's rank of the launch (torchrun's environment variables; alone without them).
+
+    Everything that can be wrong with the config is told before processes are joined, and everything that can be wrong
+    with the data before a model is built.
+
+    Raises:
+        MoetrainError: something is the user's to mend; nothing was overwritten.
+    """
+    machine = prepare_machine(config.runtime)
+    layout = check_layout(config, machine.processes.world_size)
+    check_schedule(config.optimizer.schedule, config.optimizer.lr, config.training.train_iters)
+    join_processes(machine, config.runtime)
+    rank = machine.processes.rank
+    data = open_data(config, rank)
+    run_dir = Path(config.run.dir)
+    log = configure_logs(run_dir, rank)
+    if rank == 0:
+        (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    groups = create_groups(layout, config.training.seed)
+    step = build_step(config, groups, machine.device)
+    dtype = DTYPES[config.training.precision]
+    peak = peak_flops(machine.device, dtype)
+    for decision in [*machine.decisions, *_decisions(config, layout, step, dtype)]:
+        log.info("%s", decision)
+    log.info("peak of a process: %.3g FLOP/s (%s)", peak.value, peak.source)
+    trainer = Trainer(
+        config,
+        step,
+        data,
+        CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_last, TorchDistributed()),
+        standard_callbacks(),
+        Throughput(flops_per_token(config.model), peak, machine.processes.world_size),
+        log,
+    )
+    trainer.fit()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _decisions(config: RunConfig, layout: ParallelLayout, step: TrainStep, dtype: torch.dtype) -> list[Decision]:
+    assert step.optimizer is not None
+    extension = extension_info()
+    count = parameter_count(config.model)
+    return [
+        Decision("layout", layout.describe(), "parallel.*, data parallelism is what remains"),
+        Decision("dtype", str(dtype).removeprefix("torch."), "training.precision; masters and gradient sums are fp32"),
+        Decision("kernels", f"{extension.path}", f"compiled extension, {extension.cpu_isa}"),
+        Decision("optimizer", f"ZeRO-{step.optimizer.stage}", step.optimizer.adam_reason),
+        Decision("model", f"{count.total:,} parameters", f"{count.active_per_token:,} active per token"),
+    ]

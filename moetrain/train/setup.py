@@ -1,0 +1,26 @@
+"""From a config and live groups to everything a step needs."""
+
+from __future__ import annotations
+
+import torch
+
+from moetrain.config.deepspeed import deepspeed_config
+from moetrain.config.schema import RunConfig
+from moetrain.model.build import build_chunks
+from moetrain.model.parameters import describe_parameters, initialize
+from moetrain.optim.zero import ZeroOptimizer
+from moetrain.runtime.groups import ParallelGroups
+from moetrain.train.step import TrainStep
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_step(config: RunConfig, groups: ParallelGroups, device: torch.device) -> TrainStep:
+    """Model, initial weights and optimizer of this rank. Collective over the world."""
+    chunks = build_chunks(config.model, config.parallel, groups, DTYPES[config.training.precision], device)
+    parameters = describe_parameters(chunks, groups, config.parallel.sequence)
+    initialize(chunks, parameters, config.model, config.training.seed)
+    optimizer = ZeroOptimizer(
+        parameters, groups, config.optimizer, deepspeed_config(config, groups.layout), device
+    )
+    return TrainStep(config, chunks, groups, optimizer)

@@ -1,0 +1,85 @@
+"""A run's whole state to and from a checkpoint, on any layout.
+
+Weights are stored once, as ZeRO's fp32 masters; the model's own weights follow from them. Every rank writes the
+fragments that ZeRO gave it, so nothing is gathered, and reads the fragments that its own layout asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from moetrain.checkpoint.reader import CheckpointReader
+from moetrain.checkpoint.state import ParameterShard, fill_from, pieces_of, read_rng, rng_piece
+from moetrain.checkpoint.store import Piece
+from moetrain.errors import CheckpointError
+from moetrain.model.parameters import named_controllers
+from moetrain.train.step import TrainStep
+
+_WEIGHT, _EXP_AVG, _EXP_AVG_SQ, _CONTROLLER = "weight.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.", "controller."
+
+
+def collect_pieces(step: TrainStep) -> list[Piece]:
+    """This rank's share of the checkpoint: views of live memory, so write them before the next step."""
+    assert step.optimizer is not None
+    pieces: list[Piece] = []
+    for fragment in step.optimizer.fragments():
+        if not step.optimizer.stores(fragment.info):
+            continue
+        shard = ParameterShard.of(fragment.info)
+        pieces += pieces_of(shard, _WEIGHT, fragment.master, fragment.start)
+        pieces += pieces_of(shard, _EXP_AVG, fragment.exp_avg, fragment.start)
+        pieces += pieces_of(shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start)
+    at = step.groups.coordinates
+    if at.tensor == 0 and at.data == 0:
+        pieces += [Piece.whole(_CONTROLLER + name, c.log_alpha) for name, c in named_controllers(step.chunks)]
+    pieces.append(rng_piece(dist.get_rank(), _rng_state()))
+    return pieces
+
+
+def restore(step: TrainStep, reader: CheckpointReader, layout: dict[str, Any], log: logging.Logger) -> None:
+    """Fill weights, moments, controllers and random states from a checkpoint of any layout. Collective.
+
+    Raises:
+        CheckpointError: a tensor is absent or of another shape.
+    """
+    assert step.optimizer is not None
+    steps = int(reader.extra["optimizer_steps"])
+    for fragment in step.optimizer.fragments():
+        shard = ParameterShard.of(fragment.info)
+        fill_from(reader, shard, _WEIGHT, fragment.master, fragment.start)
+        fill_from(reader, shard, _EXP_AVG, fragment.exp_avg, fragment.start)
+        fill_from(reader, shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start)
+    step.optimizer.finish_load(steps)
+    for name, controller in named_controllers(step.chunks):
+        controller.log_alpha.copy_(reader.read(_CONTROLLER + name))
+    if reader.layout == layout:
+        state = read_rng(reader, dist.get_rank())
+        if state is None:
+            raise CheckpointError(f"{reader.folder}: no random state of rank {dist.get_rank()}, though the layout agrees")
+        _set_rng_state(state)
+    else:
+        log.info("random states were not restored: they belong to the ranks of another layout")
+
+
+def _rng_state() -> torch.Tensor:
+    """All random states of this rank, as the bytes of a safetensors file."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    return torch.frombuffer(bytearray(safetensors.torch.save(states)), dtype=torch.uint8)
+
+
+def _set_rng_state(packed: torch.Tensor) -> None:
+    states = safetensors.torch.load(packed.numpy().tobytes())
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    tracker = {name.removeprefix("tracker."): s for name, s in states.items() if name.startswith("tracker.")}
+    get_cuda_rng_tracker().set_states(tracker)

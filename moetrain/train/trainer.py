@@ -1,0 +1,246 @@
+"""The loop, on one screen. Mathematics is `TrainStep`'s, looking and recording are the callbacks'."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moetrain.checkpoint.compatibility import check_config
+from moetrain.checkpoint.manager import CheckpointManager
+from moetrain.checkpoint.reader import CheckpointReader
+from moetrain.config.layout import ParallelLayout
+from moetrain.config.loader import config_to_dict
+from moetrain.config.schema import RunConfig
+from moetrain.data.loader import BatchLoader, MicroBatch, SampleDataset
+from moetrain.errors import CheckpointError, MoetrainError
+from moetrain.optim.schedules import learning_rate
+from moetrain.runtime.preemption import StopRequest
+from moetrain.train.callback import Callback
+from moetrain.train.data import RunData
+from moetrain.train.metrics import EvalReport, RouterStats, StepReport, Throughput
+from moetrain.train.state import collect_pieces, restore
+from moetrain.train.step import StepOutcome, TrainStep
+
+
+class Trainer:
+    """Runs a `TrainStep` from where the newest checkpoint left off to the end, or to a request to stop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        step: TrainStep,
+        data: RunData,
+        checkpoints: CheckpointManager,
+        callbacks: Sequence[Callback],
+        throughput: Throughput,
+        log: logging.Logger,
+    ) -> None:
+        self.config, self.step, self.data, self.checkpoints = config, step, data, checkpoints
+        self.callbacks, self.throughput, self.log = list(callbacks), throughput, log
+        self.layout: ParallelLayout = step.groups.layout
+        self.run_dir = Path(config.run.dir)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.iteration = self.start_iteration = self.consumed_samples = 0
+        self.skipped_total = self._skipped_in_a_row = 0
+        self._saved_at: int | None = None
+        self._evaluated_at: int | None = None
+        self._stop = StopRequest(self.run_dir, poll_file=self.rank == 0)
+
+    def fit(self) -> None:
+        """Train to `training.train_iters` (or `stop_after`), validating and saving on the way. Collective."""
+        training, checkpoint = self.config.training, self.config.checkpoint
+        if self.rank == 0:
+            self._stop.clear()  # a request that an earlier process of this run has obeyed, or never saw
+        self._resume()
+        last = min(training.train_iters, training.stop_after or training.train_iters)
+        self._stop.install()
+        try:
+            self._call("on_train_start")
+            batches = self._loader(self.data.train, self.consumed_samples)
+            while self.iteration < last:
+                self._train_one(next(batches))
+                if training.eval_interval and self.iteration % training.eval_interval == 0:
+                    self._evaluate()
+                if checkpoint.save_interval and self.iteration % checkpoint.save_interval == 0:
+                    self._save()
+                if reason := self._stop_reason():
+                    self.log.info("stopping after iteration %d: %s", self.iteration, reason)
+                    self._stop.clear()
+                    break
+            if self.iteration == training.train_iters:
+                self._evaluate()
+            self._save()
+            self._call("on_train_end")
+        except BaseException as error:
+            self._call("on_error", error)
+            raise
+        finally:
+            self._stop.uninstall()
+
+    def _train_one(self, microbatches: Sequence[MicroBatch]) -> None:
+        training = self.config.training
+        start = time.perf_counter()
+        lr = learning_rate(self.config.optimizer.schedule, self.config.optimizer.lr, training.train_iters, self.iteration)
+        outcome = self.step.run(microbatches, lr)
+        seconds = time.perf_counter() - start
+        self.iteration += 1
+        self.consumed_samples += training.global_batch_size
+        self._count_skipped(outcome)
+        tokens = training.global_batch_size * self.config.model.seq_length
+        self.throughput.update(tokens, seconds)
+        router = [self._router_stats(layer, outcome) for layer in sorted(outcome.router)]
+        report = StepReport(
+            iteration=self.iteration,
+            train_iters=training.train_iters,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=lr,
+            tokens=tokens,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.consumed_samples * self.config.model.seq_length,
+            step_seconds=seconds,
+            skipped=outcome.skipped,
+            skipped_total=self.skipped_total,
+            aux=_auxiliary(outcome),
+            router=router or None,
+        )
+        self._call("on_step_end", report)
+
+    def _count_skipped(self, outcome: StepOutcome) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if outcome.skipped else 0
+        if not outcome.skipped:
+            return
+        self.skipped_total += 1
+        self.log.warning("iteration %d skipped: a gradient is not finite (norm %s)", self.iteration, outcome.grad_norm)
+        limit = self.config.training.max_skipped_steps
+        if self._skipped_in_a_row >= limit:
+            raise MoetrainError(
+                f"{limit} steps in a row had non-finite gradients (training.max_skipped_steps), the last at iteration "
+                f"{self.iteration}; lower optimizer.lr or resume from before it. No checkpoint was written since."
+            )
+
+    def _router_stats(self, layer: int, outcome: StepOutcome) -> RouterStats:
+        counts = outcome.router[layer]
+        return RouterStats.from_counts(
+            layer=layer,
+            tokens_per_expert=counts.tokens_per_expert,
+            k_histogram=counts.k_histogram,
+            log_alpha=outcome.log_alpha.get(layer),
+            hyper_norm_ratio=counts.hyper_norm_ratio,
+        )
+
+    def _evaluate(self) -> None:
+        if self.data.valid is None or self._evaluated_at == self.iteration:
+            return
+        self._evaluated_at = self.iteration
+        start = time.perf_counter()
+        batches = self._loader(self.data.valid, 0)
+        losses = [self.step.evaluate(next(batches)) for _ in range(self.config.training.eval_iters)]
+        loss = math.fsum(losses) / len(losses)
+        perplexity = math.exp(min(loss, 700.0))
+        entropy = self.data.unigram_entropy
+        self._call("on_evaluate", EvalReport(self.iteration, loss, perplexity, entropy, time.perf_counter() - start))
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self._saved_at == self.iteration:
+            return
+        path = self.checkpoints.save(
+            step=self.iteration,
+            consumed_samples=self.consumed_samples,
+            pieces=collect_pieces(self.step),
+            config=config_to_dict(self.config),
+            layout=self._layout_record(),
+            extra={
+                "tokenizer": self.data.tokenizer_fingerprint,
+                "optimizer_steps": self.iteration - self.skipped_total,
+                "skipped_steps": self.skipped_total,
+            },
+        )
+        self._saved_at = self.iteration
+        self._call("on_checkpoint", path)
+
+    def _resume(self) -> None:
+        reader = self._open_checkpoint()
+        if reader is None:
+            return
+        with reader:
+            notes = check_config(
+                reader.config,
+                config_to_dict(self.config),
+                saved_tokenizer=reader.extra.get("tokenizer"),
+                current_tokenizer=self.data.tokenizer_fingerprint,
+            )
+            for note in notes:
+                self.log.info("resume: %s", note)
+            restore(self.step, reader, self._layout_record(), self.log)
+            self.iteration = self.start_iteration = reader.step
+            self.consumed_samples = reader.consumed_samples
+            self.skipped_total = int(reader.extra["skipped_steps"])
+            self._saved_at = reader.step if self.config.checkpoint.load is None else None
+            self.log.info("resumed from %s (made on %s)", reader.folder, reader.layout.get("description"))
+
+    def _open_checkpoint(self) -> CheckpointReader | None:
+        checkpoint = self.config.checkpoint
+        own = self.checkpoints.open() if checkpoint.resume == "auto" else None
+        if own is not None or checkpoint.load is None:
+            return own
+        reader = self.checkpoints.open(checkpoint.load)
+        if reader is None:
+            raise CheckpointError(f"checkpoint.load: {checkpoint.load} holds no complete checkpoint")
+        return reader
+
+    def _layout_record(self) -> dict[str, Any]:
+        return {
+            **asdict(self.layout),
+            "sequence": self.config.parallel.sequence,
+            "zero_stage": self.config.zero.stage,
+            "description": self.layout.describe(),
+        }
+
+    # --- small parts --------------------------------------------------------------------------------------------
+
+    def _loader(self, dataset: SampleDataset, consumed_samples: int) -> BatchLoader:
+        training = self.config.training
+        return BatchLoader(
+            dataset,
+            training.global_batch_size,
+            training.micro_batch_size,
+            self.step.groups.coordinates.data,
+            self.layout.data,
+            consumed_samples,
+        )
+
+    def _stop_reason(self) -> str | None:
+        """Why to stop, agreed by all ranks: the first rank that has been asked decides for everybody."""
+        reason = self._stop.requested
+        flag = torch.tensor([self.rank if reason else self.world_size], device=self.step.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        asked = int(flag.item())
+        if asked == self.world_size:
+            return None
+        return reason if asked == self.rank else f"rank {asked} was asked to stop"
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+
+
+def _auxiliary(outcome: StepOutcome) -> dict[str, float]:
+    layers = list(outcome.router.values())
+    if not layers:
+        return {}
+    return {
+        "load_balance": math.fsum(c.load_balance for c in layers) / len(layers),
+        "z_loss": math.fsum(c.z_loss for c in layers) / len(layers),
+        "mean_k": math.fsum(c.mean_k for c in layers) / len(layers),
+    }

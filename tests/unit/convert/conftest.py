@@ -1,0 +1,126 @@
+"""Small models of every kind, with random weights under our checkpoint names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.config.schema import ModelConfig
+from moetrain.convert.hf import hf_config
+from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM
+from moetrain.convert.mapping import ParamMap
+
+HYPER = {"bottleneck": 3, "hidden": 7, "expert_embedding": 5, "process": 6, "condition": 4, "layer_embedding": 2}
+DA = {"type": "da_moe", "min_k": 1, "max_k": 4, "mean_k": 2.0}
+KINDS: dict[str, dict] = {
+    "dense": {},
+    "dense-tied": {"share_embeddings_and_output_weights": True},
+    "top_k": {"moe": {"layer_freq": 2}},
+    "top_k-renormalized": {"moe": {"router": {"type": "top_k", "top_k": 3, "gates": "renormalized"}}},
+    "top_k-hyper": {"moe": {"layer_freq": [1, 0, 1], "hyper": HYPER}},
+    "top_k-hyper-sum-tied": {
+        "share_embeddings_and_output_weights": True,
+        "moe": {"hyper": HYPER | {"aggregation": "sum"}},
+    },
+    **{
+        f"da_moe-{importance}-{budget}": {"moe": {"router": DA | {"importance": importance, "budget": budget}}}
+        for importance in ("self_weight", "row_max", "row_entropy")
+        for budget in ("mean_k", "paper")
+    },
+    "da_moe-all-experts": {"moe": {"router": {"type": "da_moe", "budget": "paper"}, "hyper": HYPER}},
+    "da_moe-hyper": {"moe": {"router": DA | {"gates": "renormalized"}, "hyper": HYPER, "layer_freq": 2}},
+}
+
+
+def make_model(kind: str) -> ModelConfig:
+    settings = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
+    settings |= {"ffn_hidden_size": 20, "vocab_size": 50, "seq_length": 64, "rotary_base": 500.0} | KINDS[kind]
+    if "moe" in settings:
+        settings["moe"] = {"num_experts": 5, "ffn_hidden_size": 9} | settings["moe"]
+    return ModelConfig.model_validate(settings)
+
+
+class DictSource:
+    """A `WeightSource` over tensors in memory, which notes every read."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.largest_read = 0
+
+    def names(self) -> Iterable[str]:
+        return self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        block = self.tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        assert tuple(block.shape) == tuple(shape)
+        self.largest_read = max(self.largest_read, block.numel())
+        return block.clone()
+
+
+def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """fp32 tensors under our names, large enough that attention, routing and the generated expert all matter."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in ParamMap(model).ours().items():
+        noise = torch.randn(shape, generator=generator)
+        if "layernorm" in name:
+            weights[name] = 1 + 0.2 * noise
+        elif name.endswith("log_alpha"):
+            weights[name] = 1.3 + 0.3 * noise
+        elif len(shape) < 2:
+            weights[name] = 0.3 * noise
+        elif name.endswith(("expert_embedding", "layer_embedding")):
+            weights[name] = noise
+        else:
+            weights[name] = noise * (2.0 if "router" in name or "linear_qkv" in name else 1.2) / shape[-1] ** 0.5
+    return weights
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def model(request: pytest.FixtureRequest) -> ModelConfig:
+    """Each kind of model in turn."""
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def of_kind() -> Callable[[str], ModelConfig]:
+    """One kind of model by name."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[ModelConfig], dict[str, Tensor]]:
+    return random_weights
+
+
+@pytest.fixture(scope="session")
+def source() -> type[DictSource]:
+    return DictSource
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[[ModelConfig, dict[str, Tensor]], MoetrainForCausalLM]:
+    """The Hugging Face model with our weights, straight from the table, without a folder."""
+
+    def from_weights(model: ModelConfig, weights: dict[str, Tensor]) -> MoetrainForCausalLM:
+        network = MoetrainForCausalLM(hf_config(model)).eval()
+        missing, unexpected = network.load_state_dict(dict(ParamMap(model).export(DictSource(weights))), strict=False)
+        assert not unexpected
+        assert set(missing) <= ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
+        return network
+
+    return from_weights
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline() -> Iterable[None]:
+    """No test of this folder may need the network."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    yield

@@ -1,0 +1,380 @@
+"""Export of a checkpoint to a folder, and what transformers makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import moetrain.convert.hf as hf
+from moetrain.checkpoint import CheckpointReader, Manifest, Piece, save_shard
+from moetrain.cli.convert import app
+from moetrain.convert.hf import export_hf
+from moetrain.convert.locate import find_step_folder
+from moetrain.convert.mapping import ParamMap
+from moetrain.convert.verify import compare_logits, hf_logits, verify_export
+from moetrain.data.train_tokenizer import train_sentencepiece
+from moetrain.errors import ConversionError
+
+TEXT = ["the quick brown fox jumps over the lazy dog", "def f(x):", "    return x + 1", "pack my box with five dozen jugs"]
+KIND = "da_moe-hyper"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_module_cache(tmp_path_factory):
+    """transformers copies an export's Python files into a cache that it locates once; keep them out of the user's."""
+    from transformers import dynamic_module_utils
+    from transformers.utils import hub
+
+    cache = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        patch.setattr(hub, "HF_MODULES_CACHE", cache)
+        patch.setattr(sys, "path", [*sys.path, cache])
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(TEXT * 4, folder / "small", 300, "bpe")
+    return folder / "small.model"
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, of_kind, weights, tmp_path_factory):
+    """Write a run folder with two committed steps, the way training does; gives a function of the kind of model."""
+
+    def write(kind: str) -> Path:
+        model = of_kind(kind).model_copy(update={"vocab_size": 304})
+        config = {
+            "run": {"dir": "runs/x", "name": f"tiny {kind}"},
+            "model": model.model_dump(mode="json"),
+            "data": {"tokenizer": {"path": str(tokenizer)}, "train": [{"path": "/secret/place/corpus_text"}]},
+            "training": {"train_iters": 20, "global_batch_size": 4},
+        }
+        root = tmp_path_factory.mktemp("run")
+        for step in (10, 20):
+            folder = root / "checkpoints" / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            record = save_shard(folder, 0, _pieces(weights(model, seed=step)))
+            manifest = Manifest(step, 4 * step, config, {}, {}, record)
+            (folder / "manifest.json").write_bytes(manifest.to_bytes())
+        (root / "checkpoints" / "latest").write_text("step-00000020\n")
+        return root
+
+    return write
+
+
+def _pieces(weights: dict[str, torch.Tensor]) -> list[Piece]:
+    """Weights, controllers, and the optimizer and random states that an export must pass by."""
+    pieces = [Piece.whole("rng.0", torch.zeros(16, dtype=torch.uint8))]
+    for name, tensor in weights.items():
+        pieces.append(Piece.whole(f"{'controller' if name.endswith('log_alpha') else 'weight'}.{name}", tensor))
+        pieces.append(Piece.whole(f"optimizer.exp_avg.{name}", torch.zeros_like(tensor)))
+    return pieces
+
+
+@pytest.fixture(scope="module")
+def reader(run) -> CheckpointReader:
+    return CheckpointReader(run(KIND) / "checkpoints" / "step-00000020")
+
+
+def load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["dense-tied", KIND, "top_k-hyper"])
+def test_an_export_loads_has_the_same_logits_and_generates(run, build, weights, kind, tmp_path):
+    reader = CheckpointReader(run(kind) / "checkpoints" / "step-00000020")
+    said: list[str] = []
+    report = export_hf(reader, tmp_path / "out", announce=said.append)
+    network, names = load(tmp_path / "out"), {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md"),
+        *("configuration_moetrain.py", "modeling_moetrain.py"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    }
+    model = hf.run_config(reader.config).model
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("the quick", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(**prompt).logits, build(model, weights(model, seed=20))(**prompt).logits, atol=0, rtol=0
+        )
+    assert network.generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape[1] == prompt["input_ids"].shape[1] + 4
+    assert report.parameters == sum(p.numel() for p in network.parameters())
+    assert report.weight_bytes == 4 * report.parameters + sum(b.nbytes for b in network.buffers())
+    assert len(said) == 1 and f"{report.parameters:,} parameters" in said[0] and "GB" in said[0]
+
+
+def test_save_pretrained_and_from_pretrained_are_a_round_trip(reader, tmp_path):
+    export_hf(reader, tmp_path / "out")
+    network = load(tmp_path / "out")
+    network.save_pretrained(tmp_path / "again")
+    again, tokens = load(tmp_path / "again"), torch.arange(9)[None]
+    assert {"configuration_moetrain.py", "modeling_moetrain.py"} <= {p.name for p in (tmp_path / "again").iterdir()}
+    with torch.no_grad():
+        assert torch.equal(network(tokens).logits, again(tokens).logits)
+
+
+def test_tied_embeddings_are_stored_once_and_stay_tied(run, tmp_path):
+    export_hf(CheckpointReader(run("dense-tied") / "checkpoints" / "step-00000010"), tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    network = load(tmp_path / "out")
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    network.save_pretrained(tmp_path / "again")
+    assert "lm_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
+
+
+def test_bfloat16_rounds_weights_and_leaves_log_alpha_alone(reader, tmp_path):
+    report = export_hf(reader, tmp_path / "out", dtype="bfloat16")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    exact = dict(ParamMap(hf.run_config(reader.config).model).export(hf.ModelWeights(reader)))
+    assert report.dtype == json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    for name, tensor in exact.items():
+        wanted = tensor if name.endswith("log_alpha") else tensor.bfloat16()
+        assert stored[name].dtype == wanted.dtype and torch.equal(stored[name], wanted), name
+    network = load(tmp_path / "out")
+    assert network.dtype == torch.bfloat16
+    alphas = [buffer for name, buffer in network.named_buffers() if name.endswith("log_alpha")]
+    assert alphas and all(alpha.dtype == torch.float32 for alpha in alphas)
+    assert network.generate(torch.arange(5)[None], max_new_tokens=3, min_new_tokens=3).shape == (1, 8)
+
+
+def test_no_file_exceeds_the_shard_limit_and_the_index_names_every_tensor(reader, tmp_path):
+    report = export_hf(reader, tmp_path / "out", max_shard_size="30KB")
+    assert len(report.weight_files) > 3
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    found = {}
+    for number, file in enumerate(report.weight_files, start=1):
+        assert file == f"model-{number:05d}-of-{len(report.weight_files):05d}.safetensors"
+        tensors = load_file(tmp_path / "out" / file)
+        assert sum(t.nbytes for t in tensors.values()) <= 30_000
+        with safe_open(tmp_path / "out" / file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+        found |= dict.fromkeys(tensors, file)
+    assert found == index["weight_map"] and len(found) == report.tensors
+    assert index["metadata"]["total_size"] == report.weight_bytes
+    export_hf(reader, tmp_path / "whole")
+    tokens = torch.arange(9)[None]
+    assert torch.equal(hf_logits(tmp_path / "out", tokens), hf_logits(tmp_path / "whole", tokens))
+
+
+def test_a_shard_is_written_before_the_next_one_is_collected(reader, tmp_path, monkeypatch):
+    """Otherwise the whole model would be in memory."""
+    held, save = [], hf.save_file
+    monkeypatch.setattr(hf, "save_file", lambda tensors, *a, **k: held.append(len(tensors)) or save(tensors, *a, **k))
+    seen_at_save, reads = [], []
+    original = CheckpointReader.read
+    monkeypatch.setattr(CheckpointReader, "read", lambda self, *a: reads.append(1) or original(self, *a))
+    monkeypatch.setattr(
+        hf, "save_file", lambda tensors, *a, **k: seen_at_save.append(len(reads)) or save(tensors, *a, **k)
+    )
+    export_hf(reader, tmp_path / "out", max_shard_size="30KB")
+    assert seen_at_save == sorted(set(seen_at_save)) and seen_at_save[0] < len(reads) / 2
+
+
+@pytest.mark.parametrize("there", ["file", "folder with a file"])
+def test_what_exists_is_not_overwritten(reader, tmp_path, there):
+    out = tmp_path / "out"
+    if there == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="nothing is overwritten"):
+        export_hf(reader, out)
+    assert (out if out.is_file() else out / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_may_be_filled_and_others_may_read_it(reader, tmp_path):
+    (tmp_path / "out").mkdir()
+    mask = os.umask(0o022)
+    try:
+        export_hf(reader, tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+def test_a_failed_export_leaves_nothing(reader, tmp_path, monkeypatch):
+    def disk_full(*_args, **_options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(hf, "save_file", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        export_hf(reader, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_nothing_under_its_name(run, tmp_path):
+    program = (
+        "import os, sys, pathlib, moetrain.convert.hf as hf\n"
+        "from moetrain.checkpoint import CheckpointReader\n"
+        "save = hf.save_file\n"
+        "def and_die(*a, **k):\n"
+        "    save(*a, **k)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "hf.save_file = and_die\n"
+        "hf.export_hf(CheckpointReader(sys.argv[1]), pathlib.Path(sys.argv[2]), max_shard_size='30KB')\n"
+    )
+    step = run(KIND) / "checkpoints" / "step-00000020"
+    done = subprocess.run([sys.executable, "-c", program, str(step), str(tmp_path / "out")], timeout=120, check=False)
+    assert done.returncode == -9
+    assert [p.name.startswith(".out.") and p.name.endswith(".partial") for p in tmp_path.iterdir()] == [True]
+
+
+def test_a_check_that_refuses_leaves_nothing(reader, tmp_path):
+    def refuse(folder: Path) -> None:
+        assert (folder / "config.json").is_file()
+        raise ConversionError("not good enough")
+
+    with pytest.raises(ConversionError, match="not good enough"):
+        export_hf(reader, tmp_path / "out", check=refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int4"}, "int4.*float32, bfloat16"),
+        ({"max_shard_size": "many"}, "many.*KB, MB, GB"),
+        ({"max_shard_size": "0GB"}, "0GB.*KB, MB, GB"),
+        ({"tokenizer": Path("/nowhere/tok.model")}, "/nowhere/tok.model"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(reader, tmp_path, options, message):
+    with pytest.raises(ConversionError, match=message):
+        export_hf(reader, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(reader, tmp_path):
+    train_sentencepiece([*TEXT, *(f"w{n} {n * n}" for n in range(3000))], tmp_path / "large", 400, "bpe")
+    with pytest.raises(ConversionError, match="400 tokens.*304 rows"):
+        export_hf(reader, tmp_path / "out", tokenizer=tmp_path / "large.model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.shutil, "disk_usage", lambda _path: os.terminal_size((0, 0)) and type("U", (), {"free": 10}))
+    with pytest.raises(ConversionError, match="GB free"):
+        export_hf(reader, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_from_another_version_is_refused_with_the_reason(reader, tmp_path):
+    class Other:
+        def __getattr__(self, name):
+            return getattr(reader, name)
+
+        @property
+        def config(self):
+            return reader.config | {"model": reader.config["model"] | {"flux_capacitor": 1}}
+
+    with pytest.raises(ConversionError, match="flux_capacitor"):
+        export_hf(Other(), tmp_path / "out")
+
+
+def test_the_model_card_tells_what_was_trained_and_hides_where(reader, tmp_path):
+    export_hf(reader, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in ("tiny da_moe-hyper", "DA-MoE", "HyperMoE", "20 of 20 steps", "5,120 tokens", "corpus_text"):
+        assert fact in card, fact
+    assert "/secret" not in card
+    everything = "".join(p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix in (".md", ".json"))
+    assert str(tmp_path) not in everything
+
+
+def test_exported_logits_equal_those_of_a_second_implementation_and_differences_are_reported(reader, tmp_path):
+    export_hf(reader, tmp_path / "out")
+    tokens = torch.arange(24).view(2, 12)
+    theirs = hf_logits(tmp_path / "out", tokens)
+    assert theirs.dtype == torch.float32 and theirs.shape == (2, 12, 304)
+    report = compare_logits(theirs.clone(), theirs)
+    assert (report.max_abs, report.argmax_agreement, report.positions) == (0.0, 1.0, 24)
+    changed = theirs.clone()
+    changed[1, 3, 7] += 0.5
+    assert compare_logits(changed, theirs, tolerance=0.6).max_abs == pytest.approx(0.5, abs=1e-5)
+    with pytest.raises(ConversionError, match=r"0\.5 \(at \[sequence, position, token\] \[1, 3, 7\]\)"):
+        compare_logits(changed, theirs)
+    with pytest.raises(ConversionError, match="not all finite"):
+        compare_logits(theirs / 0, theirs)
+    with pytest.raises(ConversionError, match="shape"):
+        compare_logits(theirs[:1], theirs)
+
+
+@pytest.fixture
+def training_model(monkeypatch, build):
+    """Stands where training's own model is: the reader's weights through the table, computed without an export."""
+    import types
+
+    def megatron_logits(reader, tokens):
+        model = hf.run_config(reader.config).model
+        source = hf.ModelWeights(reader)
+        with torch.no_grad():
+            return build(model, {n: reader.read(source._stored[n]) for n in source.names()})(tokens).logits
+
+    module = types.ModuleType("moetrain.model.reference_logits")
+    module.megatron_logits = megatron_logits
+    monkeypatch.setitem(sys.modules, "moetrain.model.reference_logits", module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verification_is_sharp_in_both_dtypes(reader, tmp_path, training_model, dtype):
+    export_hf(reader, tmp_path / "out", dtype=dtype)
+    assert verify_export(reader, tmp_path / "out").max_abs < 1e-4
+    honest = training_model.megatron_logits
+    training_model.megatron_logits = lambda reader, tokens: honest(reader, tokens.flip(-1))
+    with pytest.raises(ConversionError, match="differ from ours"):
+        verify_export(reader, tmp_path / "out")
+
+
+# --- which checkpoint, and the command -------------------------------------------------------------------------------
+
+
+def test_a_run_its_checkpoints_and_a_step_are_all_understood(run):
+    root = run("dense")
+    newest = root / "checkpoints" / "step-00000020"
+    for path in (root, root / "checkpoints", newest):
+        assert find_step_folder(path) == newest
+    assert find_step_folder(root / "checkpoints" / "step-00000010").name == "step-00000010"
+
+
+@pytest.mark.parametrize("pointer", ["../../elsewhere", "step-00000099", "", "step-1/../../x", "\x00" * 50])
+def test_a_pointer_to_anything_but_a_complete_step_is_refused(tmp_path, pointer):
+    (tmp_path / "latest").write_text(pointer)
+    with pytest.raises(ConversionError, match="latest"):
+        find_step_folder(tmp_path)
+
+
+def test_a_path_without_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConversionError, match="is no checkpoint"):
+        find_step_folder(tmp_path / "missing")
+
+
+def test_the_command_exports_and_verifies(run, tmp_path, training_model):
+    words = ["to-hf", str(run(KIND)), str(tmp_path / "out"), "--dtype", "bfloat16", "--max-shard-size", "30KB", "--verify"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "step 20" in result.output and "verified: 128 positions" in result.output
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert config.model_type == "moetrain" and config.dtype == torch.bfloat16
+
+
+def test_the_command_leaves_no_export_that_failed_its_verification(run, tmp_path, training_model):
+    training_model.megatron_logits = lambda reader, tokens: torch.zeros(2, tokens.shape[1], 304)
+    result = CliRunner().invoke(app, ["to-hf", str(run(KIND)), str(tmp_path / "out"), "--verify"])
+    assert isinstance(result.exception, ConversionError) and "differ from ours" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
