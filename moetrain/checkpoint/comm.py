@@ -104,7 +104,8 @@ def together(comm: Comm, action: str) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+    # Whatever it is: the other ranks must not wait for this one until the timeout.
+    except Exception as error:
         failure = error
     reasons = comm.gather_objects(None if failure is None else _reason(failure))
     verdict = None

@@ -42,7 +42,7 @@ def check_config(
     notes: list[str] = []
     for path, before, now in _differences(saved, current, ""):
         told = f"{path}: {_show(before)} in the checkpoint, {_show(now)} in this run"
-        if path == "model" or path.startswith("model.") and path not in _MODEL_MAY_CHANGE:
+        if path == "model" or (path.startswith("model.") and path not in _MODEL_MAY_CHANGE):
             contradictions.append(told)
         elif path in _TRAINING_TO_TELL or not path.startswith(_SILENT):
             notes.append(told)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -89,9 +88,9 @@ def commit(temporary: Path, target: Path, manifest: bytes, token: str) -> None:
     pointer = root / f"{TEMPORARY}{LATEST}-{token}"
     try:
         write_synced(pointer, f"{target.name}\n".encode())
-        os.rename(temporary, target)
+        temporary.rename(target)
         sync_folder(root)
-        os.replace(pointer, root / LATEST)
+        pointer.replace(root / LATEST)
         sync_folder(root)
     finally:
         pointer.unlink(missing_ok=True)
@@ -100,12 +99,12 @@ def commit(temporary: Path, target: Path, manifest: bytes, token: str) -> None:
 def remove_checkpoint(folder: Path, token: str) -> None:
     """Delete a checkpoint so that a kill on the way leaves no half of it under its name."""
     doomed = folder.with_name(f"{TEMPORARY}removed-{folder.name}-{token}")
-    os.rename(folder, doomed)
+    folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def set_aside(folder: Path, token: str) -> Path:
     """Move a damaged checkpoint out of the way without losing it."""
     aside = folder.with_name(f"damaged-{folder.name}-{token}")
-    os.rename(folder, aside)
+    folder.rename(aside)
     return aside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 app = typer.Typer(help="Convert checkpoints into other formats.", no_args_is_help=True)
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What weights are written as."""
 
     float32 = "float32"
@@ -25,7 +25,9 @@ def convert() -> None:
 
 @app.command("to-hf")
 def to_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="A step folder, a `checkpoints` folder or a run folder (its latest).")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A step folder, a `checkpoints` folder or a run folder (its latest).")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write; must be absent or empty.")],
     dtype: Annotated[Dtype, typer.Option(help="What weights are written as.")] = Dtype.float32,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB or 2GB.")] = "2GB",

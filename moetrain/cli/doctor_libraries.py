@@ -42,13 +42,13 @@ def library_findings() -> Iterator[Finding]:
         "Megatron's FP8 and fused layers; moetrain builds Megatron's plain layers and does not need it",
     )
     yield _package("sentencepiece", "training and reading .model tokenizers (`moetrain data tokenizer`)", required=True)
-    yield _package("tokenizers", "reading Hugging Face tokenizer.json files")
+    yield _package("tokenizers", "reading Hugging Face tokenizer.json files", required=True)
     yield _package("transformers", "`moetrain convert` and loading an exported model; training does not need it")
-    yield _package("tensorboard", "curves under <run.dir>/tensorboard; metrics.jsonl is written either way")
+    yield _package("tensorboard", "the curves of a run; `moetrain train` writes them always", required=True)
 
 
 def apex_finding() -> Finding:
-    """NVIDIA's apex is built from source and has apex/optimizers/fused_adam.py; PyPI's `apex` is a web add-on of 2013."""
+    """NVIDIA's apex, built from source, has apex/optimizers/fused_adam.py; PyPI's `apex` is a web add-on of 2013."""
     folders = _package_folders("apex")
     version = _version("apex")
     without = "optimizer.type auto takes torch's fused AdamW on GPU; apex_fused_adam is refused"
@@ -137,8 +137,8 @@ def _deepspeed() -> Iterator[Finding]:
         yield Finding("DeepSpeed CPU Adam", "ok", "built with DeepSpeed", effect)
         return
     effect = (
-        "optimizer.type auto takes torch's AdamW on CPU; cpu_adam is refused, because compiling it at start-up can hang "
-        "a run. To have it: reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
+        "optimizer.type auto takes torch's AdamW on CPU; cpu_adam is refused, because compiling it at start-up can "
+        "hang a run. To have it: reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
     )
     yield Finding("DeepSpeed CPU Adam", "missing", "", effect)
 

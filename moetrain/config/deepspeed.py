@@ -35,7 +35,7 @@ _OWNED = {
 
 # Arguments of DeepSpeedZeroOptimizer.__init__ (deepspeed/runtime/zero/stage_1_and_2.py) that are the user's to choose.
 # Not among them: contiguous_gradients (experts are reduced over the wrong group without it, so it is always on) and,
-# below stage 2, overlap_comm (it reduces inside each backward pass; a step has several and is reduced once, at its end).
+# below stage 2, overlap_comm (it reduces in each backward pass; a step has several and is reduced once, at its end).
 _STAGE_0_AND_1: dict[str, type] = {
     "allgather_bucket_size": int,
     "parameter_alignment": bool,

@@ -99,7 +99,7 @@ class ParallelLayout:
         return global_batch // (micro_batch * self.data)
 
     def layers_of(self, num_layers: int, pipeline_rank: int, chunk: int = 0) -> range:
-        """Global numbers of the layers in a model chunk: chunk v of stage p is block v * pipeline + p, as in Megatron."""
+        """Global numbers of a chunk's layers: chunk v of stage p is block v * pipeline + p, as in Megatron."""
         assert 0 <= pipeline_rank < self.pipeline and 0 <= chunk < self.virtual_pipeline
         blocks = self.pipeline * self.virtual_pipeline
         if num_layers % blocks:

@@ -1,1 +1,4 @@
-"""Checkpoints in other people's formats. `mapping` is the table, `hf` writes Hugging Face folders, `verify` proves them."""
+"""Checkpoints in other people's formats.
+
+`mapping` is the table of names, `hf` writes Hugging Face folders, `verify` compares their logits with ours.
+"""

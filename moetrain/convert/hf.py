@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -132,8 +133,8 @@ def export_hf(
     check_tensors(weights, plan.map.ours())
     _refuse_full_disk(out, plan.bytes)
     announce(
-        f"exporting step {checkpoint.step} to {out}: {plan.parameters:,} parameters, {plan.bytes / 1e9:.3f} GB as {dtype} "
-        f"in {len(plan.split.filename_to_tensors)} file(s)"
+        f"exporting step {checkpoint.step} to {out}: {plan.parameters:,} parameters, {plan.bytes / 1e9:.3f} GB "
+        f"as {dtype} in {len(plan.split.filename_to_tensors)} file(s)"
     )
     with _appearing_whole(out) as folder:
         chosen = plan.run.data.tokenizer if tokenizer is None else named_tokenizer(tokenizer)
@@ -166,12 +167,20 @@ def _plan(checkpoint: Checkpoint, dtype: str, max_shard_size: str) -> _Plan:
     targets = param_map.theirs()
     dtypes = {name: torch.float32 if target.keep_fp32 else DTYPES[dtype] for name, target in targets.items()}
     sketch = {name: torch.empty(target.shape, dtype=dtypes[name], device="meta") for name, target in targets.items()}
-    try:
-        split = split_torch_state_dict_into_shards(sketch, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ConversionError(f"max_shard_size is {max_shard_size!r}; must be a number and KB, MB, GB or TB") from error
+    split = split_torch_state_dict_into_shards(sketch, max_shard_size=_size(max_shard_size))
     parameters = sum(math.prod(target.shape) for target in targets.values() if not target.keep_fp32)
     return _Plan(run, param_map, dtypes, parameters, split)
+
+
+def _size(text: str) -> int:
+    """Bytes in "500MB". The library reads such texts too, but takes "0GB" and fails with its own words."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** ("KMGT".index(match[2].upper()) + 1)) if match else 0
+    if size < 1:
+        raise ConversionError(
+            f"max_shard_size is {text!r}; must be a number above 0 and KB, MB, GB or TB, such as 500MB"
+        )
+    return size
 
 
 def _write_weights(plan: _Plan, weights: ModelWeights, folder: Path) -> None:
@@ -180,7 +189,7 @@ def _write_weights(plan: _Plan, weights: ModelWeights, folder: Path) -> None:
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     for name, tensor in plan.map.export(weights):
         file = plan.split.tensor_to_filename[name]
-        # A copy of its own: parts of one fused tensor share memory, which safetensors refuses and which would stay alive.
+        # A copy of its own: parts of a fused tensor share memory, which safetensors refuses and which would stay alive.
         waiting[file][name] = tensor.to(plan.dtypes[name], copy=True, memory_format=torch.contiguous_format)
         if len(waiting[file]) == len(files[file]):
             save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
@@ -205,7 +214,9 @@ def _write_configs(run: RunConfig, dtype: str, facts: TokenizerFacts, folder: Pa
 
 def _refuse_nonempty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConversionError(f"{out} exists and is not an empty folder; nothing is overwritten: choose another, or delete it")
+        raise ConversionError(
+            f"{out} exists and is not an empty folder; nothing is overwritten: choose another, or delete it"
+        )
 
 
 def _refuse_full_disk(out: Path, needed: int) -> None:
@@ -230,13 +241,13 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o777 & ~_umask())
-        os.replace(draft, out)
+        draft.replace(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def _umask() -> int:
-    """The process's umask; `mkdtemp` ignores it, and an export that only its owner can read surprises everybody else."""
+    """The process's umask. `mkdtemp` ignores it, and an export that only its owner can read surprises all others."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

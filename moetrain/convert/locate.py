@@ -23,8 +23,8 @@ def find_step_folder(path: Path) -> Path:
         if (root / LATEST).is_file():
             return _named_by(root / LATEST)
     raise ConversionError(
-        f"{path} is no checkpoint: expected a step folder (with {MANIFEST_NAME}), a folder of step folders (with {LATEST}), "
-        "or a run folder (with checkpoints/)"
+        f"{path} is no checkpoint: expected a step folder (with {MANIFEST_NAME}), a folder of step folders (with "
+        f"{LATEST}), or a run folder (with checkpoints/)"
     )
 
 

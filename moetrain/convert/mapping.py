@@ -89,7 +89,7 @@ Part = Literal["model", "head", "layer", "dense", "moe", "budget", "hyper", "hyp
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table. `part` says which models and layers have it, `shape` (symbols of `_sizes`) how big it is."""
+    """One line of the table. `part` says which models and layers have it, `shape` (in symbols of `_sizes`) its size."""
 
     part: Part
     ours: str
@@ -256,7 +256,7 @@ class ParamMap:
         return targets
 
     def export(self, source: WeightSource) -> Iterator[tuple[str, Tensor]]:
-        """Their tensors, from ours. ConversionError before the first one if a tensor is missing, left over or misshaped."""
+        """Their tensors, from ours. ConversionError, before any, if a tensor is missing, left over or misshaped."""
         check_tensors(source, self.ours())
         for link in self.links:
             block = source.read(link.ours, link.offset, link.block)
@@ -290,7 +290,10 @@ def read_whole(source: WeightSource, name: str) -> Tensor:
 def check_tensors(source: WeightSource, expected: dict[str, Shape]) -> None:
     """ConversionError unless `source` has exactly these names and shapes."""
     there = set(source.names())
-    for problem, names in (("lacks", expected.keys() - there), ("has more than the model's config tells:", there - expected.keys())):
+    for problem, names in (
+        ("lacks", expected.keys() - there),
+        ("has more than the model's config tells:", there - expected.keys()),
+    ):
         if names:
             raise ConversionError(f"the source {problem} {len(names)} tensor(s): {_some(names)}")
     for name, shape in expected.items():

@@ -29,9 +29,9 @@ tags:
 
 ## Training
 
-Pretrained with [moetrain](https://pypi.org/project/moetrain/) for {step:,} of {planned:,} steps of {batch:,} sequences of
-{context:,} tokens: {tokens:,} tokens. {precision} with fp32 masters, AdamW, peak learning rate {lr:g} ({schedule}), weight
-decay {decay:g}, gradient norm clipped at {clip:g}, seed {seed}. Data: {data}.
+Pretrained with moetrain for {step:,} of {planned:,} steps of {batch:,} sequences of {context:,} tokens; it has seen
+{tokens:,} tokens. {precision} with fp32 masters, AdamW, peak learning rate {lr:g} ({schedule}), weight decay {decay:g},
+gradient norm clipped at {clip:g}, seed {seed}. Data: {data}.
 
 It is a base model: it continues text, and has been taught neither to follow instructions nor to avoid harmful output.
 
@@ -86,10 +86,11 @@ def _summary(model: ModelConfig) -> str:
     moe, router = model.moe, model.moe.router
     sparse = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
     if isinstance(router, DAMoERouterConfig):
-        mean = f"{router.mean_k:g} on average" if router.budget == "mean_k" else "by the paper's ceil(importance * experts)"
+        paper = "by the paper's ceil(importance * experts)"
+        mean = f"{router.mean_k:g} on average" if router.budget == "mean_k" else paper
         routing = (
-            f"Dynamic routing (DA-MoE, arXiv 2409.06669): a token gets {router.min_k} to {moe.max_top_k} experts, {mean}, "
-            f"from its {router.importance} in the layer's attention."
+            f"Dynamic routing (DA-MoE, arXiv 2409.06669): a token gets {router.min_k} to {moe.max_top_k} experts, "
+            f"{mean}, from its {router.importance} in the layer's attention."
         )
     else:
         routing = f"Every token gets {router.top_k} experts."

@@ -3,8 +3,8 @@
 The converters of transformers do not: on models like ours they differ in most texts (byte fallback, whitespace rules,
 BPE taken for unigram). The pipeline is therefore built from the ModelProto, rule by rule:
 
-- normalization: the compiled character map, whitespace clean-up, dummy prefix, space -> U+2581, in sentencepiece's order;
-- unigram: the scores, with reserved pieces (`</s>`, `<0x0A>`) priced out, since sentencepiece never finds those in text;
+- normalization: compiled character map, whitespace clean-up, dummy prefix, space -> U+2581, in sentencepiece's order;
+- unigram: its scores, with reserved pieces (`</s>`, `<0x0A>`) priced out: sentencepiece never finds those in text;
 - BPE: sentencepiece merges the adjacent pair whose concatenation scores best, so a pair's rank is that piece's score.
 
 Ids may differ for text with U+2581 itself; under a normalization other than identity, for letters spelled with several
@@ -19,16 +19,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2 as proto
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moetrain.errors import ConversionError
 
 SPACE = "\u2581"
-_Piece = proto.ModelProto.SentencePiece  # pyright: ignore[reportAttributeAccessIssue]
-_Spec = proto.TrainerSpec  # pyright: ignore[reportAttributeAccessIssue]
+# Generated code makes its classes at run time, where type checkers do not see them.
+_proto: Any = sentencepiece_model_pb2
+_Piece, _Spec = _proto.ModelProto.SentencePiece, _proto.TrainerSpec
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ def fast_tokenizer(model: bytes, where: str) -> FastTokenizer:
     trainer, normalizer = parsed.trainer_spec, parsed.normalizer_spec
     build = _unigram if trainer.model_type == _Spec.UNIGRAM else _bpe
     tokenizer = Tokenizer(build(parsed))
-    tokenizer.normalizer = _normalizer(normalizer)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.normalizer = _normalizer(normalizer)
     if isolated := _letters_of_reserved_pieces_only(parsed):
         pattern = Regex("[" + "".join(re.escape(letter) for letter in isolated) + "]")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     strip = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
-    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if strip else [])
     )
@@ -73,8 +75,8 @@ def fast_tokenizer(model: bytes, where: str) -> FastTokenizer:
     return FastTokenizer(tokenizer, unknown, _scores(parsed) if trainer.model_type == _Spec.UNIGRAM else None)
 
 
-def _parse(model: bytes, where: str) -> proto.ModelProto:  # pyright: ignore[reportAttributeAccessIssue]
-    parsed = proto.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+def _parse(model: bytes, where: str) -> Any:
+    parsed = _proto.ModelProto()
     try:
         parsed.ParseFromString(model)
     except DecodeError as error:
@@ -96,11 +98,11 @@ def _parse(model: bytes, where: str) -> proto.ModelProto:  # pyright: ignore[rep
     return parsed
 
 
-def _unknown_id(parsed: proto.ModelProto) -> int:  # pyright: ignore[reportAttributeAccessIssue]
+def _unknown_id(parsed: Any) -> int:
     return next(i for i, piece in enumerate(parsed.pieces) if piece.type == _Piece.UNKNOWN)
 
 
-def _normalizer(spec: proto.NormalizerSpec) -> normalizers.Normalizer:  # pyright: ignore[reportAttributeAccessIssue]
+def _normalizer(spec: Any) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -112,11 +114,11 @@ def _normalizer(spec: proto.NormalizerSpec) -> normalizers.Normalizer:  # pyrigh
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
-def _found_in_text(piece: _Piece) -> bool:
+def _found_in_text(piece: Any) -> bool:
     return piece.type in (_Piece.NORMAL, _Piece.USER_DEFINED)
 
 
-def _letters_of_reserved_pieces_only(parsed: proto.ModelProto) -> list[str]:  # pyright: ignore[reportAttributeAccessIssue]
+def _letters_of_reserved_pieces_only(parsed: Any) -> list[str]:
     """Characters of reserved pieces that no ordinary piece has.
 
     Such a character always stands alone in sentencepiece. Cutting the text there keeps a reserved piece from being
@@ -127,7 +129,7 @@ def _letters_of_reserved_pieces_only(parsed: proto.ModelProto) -> list[str]:  # 
     return sorted(reserved - ordinary)
 
 
-def _scores(parsed: proto.ModelProto) -> tuple[float | None, ...]:  # pyright: ignore[reportAttributeAccessIssue]
+def _scores(parsed: Any) -> tuple[float | None, ...]:
     return tuple(piece.score if piece.type == _Piece.NORMAL else None for piece in parsed.pieces)
 
 
@@ -135,13 +137,13 @@ def _without_score(scores: tuple[float | None, ...], ids: Sequence[int]) -> list
     return [i for i in ids if scores[i] is None]
 
 
-def _unigram(parsed: proto.ModelProto) -> models.Unigram:  # pyright: ignore[reportAttributeAccessIssue]
+def _unigram(parsed: Any) -> models.Unigram:
     normal = [piece.score for piece in parsed.pieces if piece.type == _Piece.NORMAL]
     best, worst = max(normal), min(normal)
     longest = max(len(piece.piece) for piece in parsed.pieces if not _found_in_text(piece))
     reserved = (longest + 1) * (worst - 10.0)  # below any way to spell it in ordinary pieces
 
-    def score(piece: _Piece) -> float:
+    def score(piece: Any) -> float:
         if piece.type == _Piece.USER_DEFINED:
             return len(piece.piece.encode()) * best - 0.1  # sentencepiece, unigram_model.cc, EncodeOptimized
         return piece.score if piece.type == _Piece.NORMAL else reserved
@@ -150,7 +152,7 @@ def _unigram(parsed: proto.ModelProto) -> models.Unigram:  # pyright: ignore[rep
     return models.Unigram(vocabulary, _unknown_id(parsed), parsed.trainer_spec.byte_fallback)
 
 
-def _bpe(parsed: proto.ModelProto) -> models.BPE:  # pyright: ignore[reportAttributeAccessIssue]
+def _bpe(parsed: Any) -> models.BPE:
     ids = {piece.piece: i for i, piece in enumerate(parsed.pieces)}
     scores = {piece.piece: piece.score for piece in parsed.pieces if _found_in_text(piece)}
     pairs = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_tokenizer(config: TokenizerConfig, folder: Path, max_length: int) -> T
     path = Path(config.path)
     if not path.exists():
         raise ConversionError(
-            f"tokenizer {path}: not on this machine; name a copy of it with --tokenizer (data.tokenizer.path of the run)"
+            f"tokenizer {path}: not here; name a copy of it with --tokenizer (data.tokenizer.path of the run)"
         )
     original = load_tokenizer(config)
     pad = original.pad if original.pad is not None else original.eod
@@ -116,12 +117,13 @@ def _token_text(tokenizer_json: dict, token_id: int) -> str:
 
 def _try(original: Tokenizer, folder: Path, path: Path, same: Callable[[list[int], list[int]], bool]) -> None:
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    exported.model_max_length = sys.maxsize  # probes may be longer than a context; nobody needs to be warned of that
     for probe in PROBES:
         wanted, got = original.encode(probe), exported.encode(probe, add_special_tokens=False)
         if not same(got, wanted):
             raise ConversionError(
-                f"tokenizer {path}: as a Hugging Face tokenizer it gives other ids for {probe!r}: {got[:20]}; the original "
-                f"gives {wanted[:20]}"
+                f"tokenizer {path}: as a Hugging Face tokenizer it gives other ids for {probe!r}: {got[:20]}; "
+                f"the original gives {wanted[:20]}"
             )
 
 

@@ -52,8 +52,8 @@ def compare_logits(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -
     if report.max_abs > tolerance:
         place = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
         raise ConversionError(
-            f"the export's logits differ from ours by up to {report.max_abs:.3g} (at [sequence, position, token] {place}); "
-            f"tolerance {tolerance:g}; the best token agrees at {agreement:.1%} of {report.positions} positions"
+            f"the export's logits differ from ours by up to {report.max_abs:.3g} (at [sequence, position, token] "
+            f"{place}), tolerance {tolerance:g}; the best token agrees at {agreement:.1%} of {report.positions}"
         )
     return report
 
@@ -95,7 +95,9 @@ def verify_export(
 
     Errors: ConversionError above `tolerance`.
     """
-    from moetrain.model.reference_logits import megatron_logits  # imports Megatron: ten seconds that exports need not pay
+    from moetrain.model.reference_logits import (
+        megatron_logits,
+    )  # imports Megatron: ten seconds that exports need not pay
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     rounded = RoundedCheckpoint(checkpoint, DTYPES[str(config.dtype).removeprefix("torch.")])

@@ -161,6 +161,8 @@ def _docstrings(module_name: str) -> str:
     module = importlib.import_module(module_name)
     parts = [_entry(module_name, module)]
     for name, member in sorted(vars(module).items()):
+        if name.endswith("hook"):  # programs replace those of sys, and would get another corpus
+            continue
         if inspect.isclass(member) and member.__module__ == module_name:
             parts.append(_entry(f"{module_name}.{name}", member))
             methods = sorted((key, value) for key, value in vars(member).items() if callable(value))

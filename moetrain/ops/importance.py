@@ -69,9 +69,7 @@ def _check(q_SBHd: Tensor, k_SBGd: Tensor, measure: str) -> None:
     if measure not in legal:
         raise ValueError(f"importance measure is {measure!r}; legal values are {legal}")
     if q_SBHd.dim() != 4 or k_SBGd.dim() != 4:
-        raise ValueError(
-            f"q and k must be [S, B, heads, d], they are {tuple(q_SBHd.shape)} and {tuple(k_SBGd.shape)}"
-        )
+        raise ValueError(f"q and k must be [S, B, heads, d], they are {tuple(q_SBHd.shape)} and {tuple(k_SBGd.shape)}")
     seq, batch, heads, width = q_SBHd.shape
     if k_SBGd.shape[:2] != (seq, batch) or k_SBGd.size(3) != width or heads % max(k_SBGd.size(2), 1):
         raise ValueError(
@@ -110,8 +108,4 @@ def attention_importance(q_SBHd: Tensor, k_SBGd: Tensor, measure: str, causal: b
             torch.maximum(seen, weights, out=seen)
         return received_BGPS.sum(dim=(1, 2)).t().contiguous()
     parts = [_row_measure(block, measure).sum(dim=(1, 2)) for block in _blocks(q_SBHd, k_SBGd, causal, scale)]
-    return (
-        torch.cat(parts, dim=1).t().contiguous()
-        if parts
-        else q_SBHd.new_zeros(seq, batch, dtype=torch.float32)
-    )
+    return torch.cat(parts, dim=1).t().contiguous() if parts else q_SBHd.new_zeros(seq, batch, dtype=torch.float32)

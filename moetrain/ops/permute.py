@@ -103,9 +103,7 @@ def reorder_by_expert(counts_WE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         source ranks), and ``tokens_per_expert_E``.
     """
     if counts_WE.dim() != 2 or counts_WE.dtype != torch.int64:
-        raise ValueError(
-            f"counts_WE must be int64 [ranks, experts], it is {counts_WE.dtype} {tuple(counts_WE.shape)}"
-        )
+        raise ValueError(f"counts_WE must be int64 [ranks, experts], it is {counts_WE.dtype} {tuple(counts_WE.shape)}")
     flat = counts_WE.reshape(-1)
     first_WE = (flat.cumsum(0) - flat).view_as(counts_WE)
     counts_EW = counts_WE.t().reshape(-1)
@@ -147,9 +145,7 @@ def _combine_fake(rows: Tensor, weights: Tensor, slot_row: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("moetrain::combine_rows_backward")
-def _combine_backward_fake(
-    grad: Tensor, rows: Tensor, weights: Tensor, slot_row: Tensor
-) -> tuple[Tensor, Tensor]:
+def _combine_backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, slot_row: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 

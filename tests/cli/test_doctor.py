@@ -93,7 +93,17 @@ def test_prebuilt_cpu_adam_is_found_by_its_file(site: Path) -> None:
 
 def test_this_environment_has_the_required_libraries() -> None:
     findings = {finding.name: finding for finding in library_findings()}
-    for name in ("Python", "torch", "gloo", "moetrain operators", "megatron-core", "deepspeed", "sentencepiece"):
+    for name in (
+        "Python",
+        "torch",
+        "gloo",
+        "moetrain operators",
+        "megatron-core",
+        "deepspeed",
+        "sentencepiece",
+        "tokenizers",
+        "tensorboard",
+    ):
         assert findings[name].required and findings[name].status == "ok", findings[name]
     assert all(finding.effect for finding in findings.values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -30,7 +30,7 @@ class MoetrainConfig(PretrainedConfig):
     """
 
     model_type = "moetrain"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(
         self,
@@ -102,7 +102,9 @@ class MoetrainConfig(PretrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         if any(self.moe_layers) and not 1 <= self.top_experts <= self.num_experts:
-            raise ValueError(f"a token may get {self.top_experts} experts; legal: 1 to num_experts ({self.num_experts})")
+            raise ValueError(
+                f"a token may get {self.top_experts} experts; legal: 1 to num_experts ({self.num_experts})"
+            )
 
     @property
     def head_dim(self) -> int:

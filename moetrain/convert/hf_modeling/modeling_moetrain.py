@@ -10,7 +10,7 @@ Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens,
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +219,7 @@ class MoetrainHyperNetwork(nn.Module):
 
 
 class MoetrainHyper(nn.Module):
-    """A layer's own part of HyperMoE: the experts' embeddings, and the MLP that turns unselected ones into a condition."""
+    """A layer's own part of HyperMoE: the experts' embeddings, and the MLP from unselected ones to a condition."""
 
     def __init__(self, config: MoetrainConfig, layer: int) -> None:
         super().__init__()
@@ -306,11 +306,11 @@ class MoetrainPreTrainedModel(PreTrainedModel):
     config_class = MoetrainConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MoetrainDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["MoetrainDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     # A rounded log_alpha changes how many experts tokens get.
-    _keep_in_fp32_modules_strict = ["log_alpha"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_alpha"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -388,7 +388,7 @@ def default_positions(attention_mask: Tensor | None, queries: int, past: int, de
 class MoetrainForCausalLM(MoetrainPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MoetrainConfig) -> None:
         super().__init__(config)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from moetrain.checkpoint import (
     CheckpointManager,
@@ -147,7 +147,7 @@ def observe_damage(rank: int, root: Path, manager: CheckpointManager) -> dict[st
 def observe_two_ranks(rank: int, root: Path) -> dict[str, Any]:
     """Ranks 1 and 3 alone, under another layout."""
     group = dist.new_group([1, 3])
-    if rank not in (1, 3):
+    if not isinstance(group, dist.ProcessGroup) or rank not in (1, 3):
         return {}
     comm = TorchDistributed(group)
     reader = CheckpointManager(root, 3, comm).open(root / "step-00000001")
@@ -178,7 +178,7 @@ def run_rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(run_rank, (folder,), nprocs=RANKS, start_method="fork")
+    start_processes(run_rank, (folder,), nprocs=RANKS, start_method="fork")
     return folder
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ from moetrain.convert.verify import compare_logits, hf_logits, verify_export
 from moetrain.data.train_tokenizer import train_sentencepiece
 from moetrain.errors import ConversionError
 
-TEXT = ["the quick brown fox jumps over the lazy dog", "def f(x):", "    return x + 1", "pack my box with five dozen jugs"]
+TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "def f(x):",
+    "    return x + 1",
+    "pack my box with five dozen jugs",
+]
 KIND = "da_moe-hyper"
 
 
@@ -172,16 +178,23 @@ def test_no_file_exceeds_the_shard_limit_and_the_index_names_every_tensor(reader
 
 def test_a_shard_is_written_before_the_next_one_is_collected(reader, tmp_path, monkeypatch):
     """Otherwise the whole model would be in memory."""
-    held, save = [], hf.save_file
-    monkeypatch.setattr(hf, "save_file", lambda tensors, *a, **k: held.append(len(tensors)) or save(tensors, *a, **k))
-    seen_at_save, reads = [], []
-    original = CheckpointReader.read
-    monkeypatch.setattr(CheckpointReader, "read", lambda self, *a: reads.append(1) or original(self, *a))
-    monkeypatch.setattr(
-        hf, "save_file", lambda tensors, *a, **k: seen_at_save.append(len(reads)) or save(tensors, *a, **k)
-    )
-    export_hf(reader, tmp_path / "out", max_shard_size="30KB")
-    assert seen_at_save == sorted(set(seen_at_save)) and seen_at_save[0] < len(reads) / 2
+    reads_before_save, reads = [], []
+    save, read = hf.save_file, CheckpointReader.read
+
+    def counting_save(tensors, *words, **options):
+        reads_before_save.append(len(reads))
+        save(tensors, *words, **options)
+
+    def counting_read(self, name, *block):
+        reads.append(name)
+        return read(self, name, *block)
+
+    monkeypatch.setattr(hf, "save_file", counting_save)
+    monkeypatch.setattr(CheckpointReader, "read", counting_read)
+    report = export_hf(reader, tmp_path / "out", max_shard_size="30KB")
+    assert len(reads_before_save) == len(report.weight_files)
+    assert reads_before_save[0] < len(reads) / 2
+    assert reads_before_save == sorted(set(reads_before_save))
 
 
 @pytest.mark.parametrize("there", ["file", "folder with a file"])
@@ -261,13 +274,13 @@ def test_bad_options_are_refused_before_anything_is_written(reader, tmp_path, op
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(reader, tmp_path):
     train_sentencepiece([*TEXT, *(f"w{n} {n * n}" for n in range(3000))], tmp_path / "large", 400, "bpe")
-    with pytest.raises(ConversionError, match="400 tokens.*304 rows"):
+    with pytest.raises(ConversionError, match=r"400 tokens.*304 rows"):
         export_hf(reader, tmp_path / "out", tokenizer=tmp_path / "large.model")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(reader, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf.shutil, "disk_usage", lambda _path: os.terminal_size((0, 0)) and type("U", (), {"free": 10}))
+    monkeypatch.setattr(hf.shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
     with pytest.raises(ConversionError, match="GB free"):
         export_hf(reader, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -296,7 +309,7 @@ def test_the_model_card_tells_what_was_trained_and_hides_where(reader, tmp_path)
     assert str(tmp_path) not in everything
 
 
-def test_exported_logits_equal_those_of_a_second_implementation_and_differences_are_reported(reader, tmp_path):
+def test_a_difference_between_logits_is_reported_with_its_place(reader, tmp_path):
     export_hf(reader, tmp_path / "out")
     tokens = torch.arange(24).view(2, 12)
     theirs = hf_logits(tmp_path / "out", tokens)
@@ -317,7 +330,6 @@ def test_exported_logits_equal_those_of_a_second_implementation_and_differences_
 @pytest.fixture
 def training_model(monkeypatch, build):
     """Stands where training's own model is: the reader's weights through the table, computed without an export."""
-    import types
 
     def megatron_logits(reader, tokens):
         model = hf.run_config(reader.config).model
@@ -325,7 +337,7 @@ def training_model(monkeypatch, build):
         with torch.no_grad():
             return build(model, {n: reader.read(source._stored[n]) for n in source.names()})(tokens).logits
 
-    module = types.ModuleType("moetrain.model.reference_logits")
+    module = ModuleType("moetrain.model.reference_logits")
     module.megatron_logits = megatron_logits
     monkeypatch.setitem(sys.modules, "moetrain.model.reference_logits", module)
     return module
@@ -365,7 +377,16 @@ def test_a_path_without_checkpoint_is_refused(tmp_path):
 
 
 def test_the_command_exports_and_verifies(run, tmp_path, training_model):
-    words = ["to-hf", str(run(KIND)), str(tmp_path / "out"), "--dtype", "bfloat16", "--max-shard-size", "30KB", "--verify"]
+    words = [
+        "to-hf",
+        str(run(KIND)),
+        str(tmp_path / "out"),
+        "--dtype",
+        "bfloat16",
+        "--max-shard-size",
+        "30KB",
+        "--verify",
+    ]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
     assert "step 20" in result.output and "verified: 128 positions" in result.output

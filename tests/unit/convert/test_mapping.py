@@ -71,7 +71,7 @@ def test_missing_left_over_and_misshaped_tensors_are_errors_with_their_names(of_
     missing = {n: t for n, t in tensors.items() if n != name}
     with pytest.raises(ConversionError, match=f"lacks 1 tensor.*{name}"):
         next(convert(source(missing)))
-    with pytest.raises(ConversionError, match="has more than.*decoder.stray"):
+    with pytest.raises(ConversionError, match=r"has more than.*decoder\.stray"):
         next(convert(source(tensors | {"decoder.stray": torch.zeros(1)})))
     with pytest.raises(ConversionError, match=f"{name} has shape"):
         next(convert(source(tensors | {name: tensors[name][..., :-1]})))

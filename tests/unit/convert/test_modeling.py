@@ -56,7 +56,11 @@ def attention(w: Weights, prefix: str, x: Tensor, model: ModelConfig, kind: str)
         of_heads = []
         for head in range(heads):
             start = (head // per_group) * (per_group + 2) * width
-            q_at, k_at, v_at = start + (head % per_group) * width, start + per_group * width, start + (per_group + 1) * width
+            q_at, k_at, v_at = (
+                start + (head % per_group) * width,
+                start + per_group * width,
+                start + (per_group + 1) * width,
+            )
             q = rope(qkv[token, q_at : q_at + width], token, model.rotary_base)
             keys = torch.stack([rope(qkv[j, k_at : k_at + width], j, model.rotary_base) for j in range(token + 1)])
             row = (keys @ q / math.sqrt(width)).softmax(0)
@@ -74,9 +78,13 @@ def budget(w: Weights, prefix: str, importance: float, moe: MoEConfig) -> int:
     return min(max(math.ceil(scale * importance), router.min_k), router.max_k or moe.num_experts)
 
 
-def generated_expert(w: Weights, prefix: str, x: Tensor, unselected: list[int], layer: int, model: ModelConfig) -> Tensor:
+def generated_expert(
+    w: Weights, prefix: str, x: Tensor, unselected: list[int], layer: int, model: ModelConfig
+) -> Tensor:
     hyper = model.moe.hyper
-    total = sum((w[prefix + "expert_embedding"][e] for e in unselected), torch.zeros(hyper.expert_embedding, dtype=x.dtype))
+    total = sum(
+        (w[prefix + "expert_embedding"][e] for e in unselected), torch.zeros(hyper.expert_embedding, dtype=x.dtype)
+    )
     if hyper.aggregation == "mean" and unselected:
         total = total / len(unselected)
     inner = (w[prefix + "process_in.weight"] @ total + w[prefix + "process_in.bias"]).relu()
@@ -284,7 +292,9 @@ def test_calls_that_cannot_be_honored_say_so(of_kind, weights, build, arguments,
         build(model, weights(model))(**arguments)
 
 
-@pytest.mark.parametrize("setting", [{"router_type": "hash"}, {"importance": "col_max"}, {"moe_layers": [1]}, {"max_k": 9}])
+@pytest.mark.parametrize(
+    "setting", [{"router_type": "hash"}, {"importance": "col_max"}, {"moe_layers": [1]}, {"max_k": 9}]
+)
 def test_a_configuration_that_the_model_cannot_honor_is_refused(setting):
     from moetrain.convert.hf_modeling.configuration_moetrain import MoetrainConfig
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetrain.data.corpus import Document, split_by_hash, standard_library_corpus
+from moetrain.data.corpus import Document, split_by_hash, standard_library_corpus, standard_library_documents
 from moetrain.errors import DataError
 
 
@@ -31,6 +32,12 @@ def test_documents_come_from_the_library_and_not_from_installed_packages(tmp_pat
     sources = [json.loads(line)["source"] for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {"stdlib:json/decoder.py", "builtin:builtins", "topic:assignment"} <= set(sources)
     assert not [source for source in sources if "site-packages" in source or "/test/" in source]
+
+
+def test_what_a_program_does_to_the_interpreter_does_not_change_the_corpus(monkeypatch: pytest.MonkeyPatch):
+    before = list(standard_library_documents())
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    assert list(standard_library_documents()) == before
 
 
 def test_max_bytes_limits_train_and_held_out_text_together(tmp_path: Path):

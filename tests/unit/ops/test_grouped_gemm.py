@@ -109,9 +109,7 @@ def test_row_does_not_depend_on_its_neighbours_across_blocks_and_threads():
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    pieces = [
-        ops.grouped_gemm(piece, w, torch.tensor([piece.size(0)])) for piece in x.split([1, 479, 17, 603])
-    ]
+    pieces = [ops.grouped_gemm(piece, w, torch.tensor([piece.size(0)])) for piece in x.split([1, 479, 17, 603])]
     assert torch.equal(results[0], torch.cat(pieces))
 
 
@@ -218,9 +216,7 @@ print(ops.extension_info().cpu_isa)
 """
 
 
-@pytest.mark.skipif(
-    ops.extension_info().cpu_isa == "base", reason="this CPU has no wider instructions to leave out"
-)
+@pytest.mark.skipif(ops.extension_info().cpu_isa == "base", reason="this CPU has no wider instructions to leave out")
 @pytest.mark.parametrize("isa", ["avx2", "base"])
 def test_narrower_instruction_sets_agree(isa):
     run = subprocess.run(
@@ -234,41 +230,39 @@ def test_narrower_instruction_sets_agree(isa):
     assert run.stdout.strip() == isa
 
 
-def _best(call, repeats: int = 5) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(repeats))
+def _cpu_seconds(call) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def test_speed_beside_torch_grouped_mm(capsys):
-    """Prints ratios (above 1: ours is faster). The floor is low, for the machine is shared."""
+    """Prints ratios of CPU time on one thread, interleaved (above 1: ours is faster), so a busy machine may run it."""
     torch.manual_seed(0)
     d, f, experts, tokens, slots = 512, 1024, 8, 1024, 2
     counts = ops.plan_permutation(torch.randint(0, experts, (tokens, slots)), experts).tokens_per_expert_E
     x, w = torch.randn(tokens * slots, d), torch.randn(experts, f, d)
     grad, ends = torch.randn(tokens * slots, f), counts.cumsum(0).to(torch.int32)
     library = torch.ops.moetrain
-    pairs = {
-        "fprop": (
-            lambda: ops.grouped_gemm(x, w, counts),
-            lambda: F.grouped_mm(x, w.transpose(1, 2), offs=ends),
-        ),
-        "dgrad": (
-            lambda: library.grouped_gemm_dgrad(grad, w, counts),
-            lambda: F.grouped_mm(grad, w, offs=ends),
-        ),
-        "wgrad": (
-            lambda: library.grouped_gemm_wgrad(grad, x, counts),
-            lambda: F.grouped_mm(grad.t(), x, offs=ends),
-        ),
+    calls = {
+        "fprop": lambda: ops.grouped_gemm(x, w, counts),
+        "fprop of torch": lambda: F.grouped_mm(x, w.transpose(1, 2), offs=ends),
+        "dgrad": lambda: library.grouped_gemm_dgrad(grad, w, counts),
+        "dgrad of torch": lambda: F.grouped_mm(grad, w, offs=ends),
+        "wgrad": lambda: library.grouped_gemm_wgrad(grad, x, counts),
+        "wgrad of torch": lambda: F.grouped_mm(grad.t(), x, offs=ends),
     }
-    ratios = {}
-    for name, (ours, torch_own) in pairs.items():
-        ratios[name] = _best(torch_own) / _best(ours)
+    best = dict.fromkeys(calls, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            for name, call in calls.items():
+                best[name] = min(best[name], _cpu_seconds(call))
+    finally:
+        torch.set_num_threads(threads)
+    ratios = {name: best[f"{name} of torch"] / best[name] for name in ("fprop", "dgrad", "wgrad")}
     with capsys.disabled():
         shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
         print(f"\n  fp32 E={experts} R={tokens * slots} d={d} f={f}, against F.grouped_mm: {shown}")
-    assert min(ratios.values()) > 0.2
+    assert min(ratios.values()) > 0.3

@@ -78,9 +78,10 @@ def test_no_gradient_flows_and_low_precision_is_accepted(measure):
 
 @by_measure
 def test_an_empty_sequence_gives_an_empty_result(measure):
-    assert ops.attention_importance(
-        torch.empty(0, 2, 4, 8), torch.empty(0, 2, 2, 8), measure, True, 1.0
-    ).shape == (0, 2)
+    assert ops.attention_importance(torch.empty(0, 2, 4, 8), torch.empty(0, 2, 2, 8), measure, True, 1.0).shape == (
+        0,
+        2,
+    )
 
 
 def test_unknown_measures_and_misfit_shapes_are_refused():

@@ -191,9 +191,7 @@ def test_gather_rows_refuses_what_is_no_permutation():
 )
 def test_reorder_by_expert_groups_the_ranks_of_each_expert(counts):
     counts_WE = torch.tensor(counts)
-    for ours, theirs in zip(
-        ops.reorder_by_expert(counts_WE), reference.reorder_by_expert(counts_WE), strict=True
-    ):
+    for ours, theirs in zip(ops.reorder_by_expert(counts_WE), reference.reorder_by_expert(counts_WE), strict=True):
         assert torch.equal(ours, theirs)
 
 
