@@ -7,6 +7,7 @@ two need not agree on anything but the global tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,13 +45,14 @@ class ParameterShard:
     @classmethod
     def of(cls, info: ParameterInfo) -> ParameterShard:
         """From the model's description of a parameter."""
-        columns = tuple(info.parameter.shape[1:])
+        columns = tuple(info.local_shape[1:])
         rects, start = [], 0
         for block in info.blocks:
             rect = Rect(tuple(block.offset), (block.rows, *columns))
             rects.append((start, rect))
             start += rect.numel
-        assert start == info.parameter.numel(), f"{info.name}: blocks hold {start} of {info.parameter.numel()} elements"
+        numel = math.prod(info.local_shape)
+        assert start == numel, f"{info.name}: blocks hold {start} of {numel} elements"
         return cls(info.name, tuple(info.global_shape), tuple(rects))
 
     @property

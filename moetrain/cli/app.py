@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from moetrain import __version__
 from moetrain.errors import DependencyError, MoetrainError
+from moetrain.runtime.logs import quiet_imports
 
 
 class Verb(NamedTuple):
@@ -93,6 +94,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process: 0 done, 1 a negative answer, 2 an error of the user's to mend, 130
     interrupted. An error in moetrain itself keeps its traceback."""
+    quiet_imports()
     try:
         typer.main.get_command(app)(arguments, prog_name="moetrain")
     except MoetrainError as error:

@@ -21,10 +21,7 @@ def train(arguments: Words) -> None:
 
     config = load_config(*split_words(arguments))
     # After the config, which needs no torch and is where most mistakes are.
-    from moetrain.runtime.logs import quiet_imports
     from moetrain.runtime.preemption import exit_with_parent
-
-    quiet_imports()
     from moetrain.train.run import train as run
 
     if "TORCHELASTIC_RUN_ID" in os.environ:

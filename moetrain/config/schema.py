@@ -2,14 +2,17 @@
 
 Names are Megatron-LM's wherever it has one. A path such as `model.moe.router.top_k` is how YAML files, command-line
 overrides and error messages all name a setting. Rules that involve one section live in that section; rules across
-sections live in `RunConfig`; rules that need the number of processes live in `layout.py`.
+sections live in `rules.py`; rules that need the number of processes live in `layout.py`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moetrain.config.rules import section_problems
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -34,9 +37,9 @@ class TopKRouterConfig(Section):
     """Every token goes to the same number of experts (Switch, GShard)."""
 
     type: Literal["top_k"] = "top_k"
-    top_k: PositiveInt = Field(2, description="experts per token")
+    top_k: PositiveInt = Field(default=2, description="experts per token")
     gates: Literal["raw", "renormalized"] = Field(
-        "raw",
+        default="raw",
         description="weight of an expert: its softmax probability over all experts, or that probability divided by "
         "the sum over the selected ones (which gives the router no task gradient at top_k = 1)",
     )
@@ -56,13 +59,17 @@ class DAMoERouterConfig(Section):
 
     type: Literal["da_moe"] = "da_moe"
     importance: Literal["self_weight", "row_max", "row_entropy", "col_max"] = Field(
-        "self_weight", description="attention statistic, averaged over heads; col_max looks at the future"
+        default="self_weight", description="attention statistic, averaged over heads; col_max looks at the future"
     )
     budget: Literal["mean_k", "paper"] = "mean_k"
-    mean_k: PositiveFloat = Field(2.0, description="target mean number of experts per token (budget: mean_k)")
+    mean_k: PositiveFloat = Field(default=2.0, description="target mean number of experts per token (budget: mean_k)")
     min_k: PositiveInt = 1
-    max_k: PositiveInt | None = Field(None, description="the most experts a token may get; default: num_experts")
-    controller_rate: PositiveFloat = Field(0.3, description="step size of log(alpha) per relative error of mean K")
+    max_k: PositiveInt | None = Field(
+        default=None, description="the most experts a token may get; default: num_experts"
+    )
+    controller_rate: PositiveFloat = Field(
+        default=0.3, description="step size of log(alpha) per relative error of mean K"
+    )
     gates: Literal["raw", "renormalized"] = "raw"
 
     @model_validator(mode="after")
@@ -82,17 +89,22 @@ class HyperConfig(Section):
     """HyperMoE (arXiv 2402.12656): one hypernetwork, shared by all layers, makes a small expert from the embeddings of
     the experts that a token did not select."""
 
-    bottleneck: PositiveInt = Field(64, description="hidden units of the generated expert (r; `adapter_dim`)")
-    hidden: PositiveInt = Field(128, description="hidden units of the hypernetwork (h; `hypernetwork_bottleneck`)")
-    expert_embedding: PositiveInt = Field(128, description="size of an expert's embedding (t)")
-    process: PositiveInt = Field(128, description="hidden units of the selection-embedding MLP (q; `process_dim`)")
-    condition: PositiveInt = Field(128, description="size of the hypernetwork's input (c; `hypernet_input`)")
-    layer_embedding: PositiveInt = Field(10, description="size of a layer's embedding (m)")
+    bottleneck: PositiveInt = Field(default=64, description="hidden units of the generated expert (r; `adapter_dim`)")
+    hidden: PositiveInt = Field(
+        default=128, description="hidden units of the hypernetwork (h; `hypernetwork_bottleneck`)"
+    )
+    expert_embedding: PositiveInt = Field(default=128, description="size of an expert's embedding (t)")
+    process: PositiveInt = Field(
+        default=128, description="hidden units of the selection-embedding MLP (q; `process_dim`)"
+    )
+    condition: PositiveInt = Field(default=128, description="size of the hypernetwork's input (c; `hypernet_input`)")
+    layer_embedding: PositiveInt = Field(default=10, description="size of a layer's embedding (m)")
     aggregation: Literal["sum", "mean"] = Field(
-        "mean", description="over the embeddings of unselected experts; the official code sums, at a fixed K the same"
+        default="mean",
+        description="over the embeddings of unselected experts; the official code sums, at a fixed K the same",
     )
     form: Literal["auto", "grouped", "factorized"] = Field(
-        "auto", description="how the generated expert is evaluated; auto picks the cheaper one for each batch"
+        default="auto", description="how the generated expert is evaluated; auto picks the cheaper one for each batch"
     )
 
 
@@ -100,14 +112,15 @@ class MoEConfig(Section):
     """The mixture-of-experts blocks that stand in the MLP slot of some layers."""
 
     num_experts: PositiveInt
-    ffn_hidden_size: PositiveInt = Field(description="hidden units of one expert (SwiGLU: gate and up are each this wide)")
+    ffn_hidden_size: PositiveInt = Field(description="hidden units of one expert (each of SwiGLU's gate and up)")
     layer_freq: PositiveInt | list[Literal[0, 1]] = Field(
-        1, description="every n-th layer is MoE, counted so that the last of each n is one; or one 0/1 per layer"
+        default=1,
+        description="every n-th layer is MoE, counted so that the last of each n is one; or one 0/1 per layer",
     )
     router: RouterConfig = Field(default_factory=TopKRouterConfig)
     hyper: HyperConfig | None = None
-    aux_loss_coeff: NonNegativeFloat = Field(0.01, description="load-balancing loss, per sequence")
-    z_loss_coeff: NonNegativeFloat = Field(0.0, description="router z-loss")
+    aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss, per sequence")
+    z_loss_coeff: NonNegativeFloat = Field(default=0.0, description="router z-loss")
 
     @model_validator(mode="after")
     def _router_fits_experts(self) -> MoEConfig:
@@ -126,9 +139,9 @@ class MoEConfig(Section):
     @property
     def max_top_k(self) -> int:
         """The most experts that a token of this model can get."""
-        return min(self.router.max_k or self.num_experts, self.num_experts) if isinstance(
-            self.router, DAMoERouterConfig
-        ) else self.router.top_k
+        if isinstance(self.router, DAMoERouterConfig):
+            return self.router.max_k or self.num_experts
+        return self.router.top_k
 
 
 class ModelConfig(Section):
@@ -137,7 +150,9 @@ class ModelConfig(Section):
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = Field(None, description="key/value heads; default: num_attention_heads")
+    num_query_groups: PositiveInt | None = Field(
+        default=None, description="key/value heads; default: num_attention_heads"
+    )
     ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's SwiGLU MLP")
     vocab_size: PositiveInt = Field(description="rows of the embedding; at least the tokenizer's size")
     seq_length: PositiveInt
@@ -145,7 +160,9 @@ class ModelConfig(Section):
     layernorm_epsilon: PositiveFloat = 1e-5
     rotary_base: PositiveFloat = 10000.0
     init_method_std: PositiveFloat = 0.02
-    recompute: Literal["none", "full"] = Field("none", description="activation recompute: keep all, or only layer inputs")
+    recompute: Literal["none", "full"] = Field(
+        default="none", description="activations: keep all, or only layer inputs"
+    )
     moe: MoEConfig | None = None
 
     @property
@@ -169,13 +186,15 @@ class ModelConfig(Section):
     def _shapes_divide(self) -> ModelConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
+                f"({self.num_attention_heads})"
             )
         if self.head_dim % 2:
             raise ValueError(f"hidden_size / num_attention_heads ({self.head_dim}) must be even for rotary positions")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_query_groups ({self.kv_heads})"
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_query_groups "
+                f"({self.kv_heads})"
             )
         if self.moe is not None:
             freq = self.moe.layer_freq
@@ -186,8 +205,8 @@ class ModelConfig(Section):
             router = self.moe.router
             if isinstance(router, DAMoERouterConfig) and router.importance in NONCAUSAL_IMPORTANCE:
                 raise ValueError(
-                    f"moe.router.importance ({router.importance}) looks at later tokens, so in a causal model the routing "
-                    f"of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
+                    f"moe.router.importance ({router.importance}) looks at later tokens, so in a causal model the "
+                    f"routing of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
                 )
         return self
 
@@ -198,11 +217,13 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the processes share the model. Data parallelism is what remains of the world size."""
 
-    tensor: PositiveInt = Field(1, description="ranks that split each dense weight")
-    pipeline: PositiveInt = Field(1, description="ranks that split the layers")
-    virtual_pipeline: PositiveInt = Field(1, description="model chunks per pipeline rank; above 1: interleaved 1F1B")
-    expert: PositiveInt = Field(1, description="ranks that split the experts")
-    sequence: bool = Field(False, description="sequence parallelism over the tensor ranks")
+    tensor: PositiveInt = Field(default=1, description="ranks that split each dense weight")
+    pipeline: PositiveInt = Field(default=1, description="ranks that split the layers")
+    virtual_pipeline: PositiveInt = Field(
+        default=1, description="model chunks per pipeline rank; above 1: interleaved 1F1B"
+    )
+    expert: PositiveInt = Field(default=1, description="ranks that split the experts")
+    sequence: bool = Field(default=False, description="sequence parallelism over the tensor ranks")
 
     @model_validator(mode="after")
     def _combinations(self) -> ParallelConfig:
@@ -232,9 +253,9 @@ class DataConfig(Section):
 
     tokenizer: TokenizerConfig
     train: list[BlendEntry] = Field(min_length=1)
-    valid: list[BlendEntry] = Field(default_factory=list, description="own corpora for validation; else `split` cuts train")
-    split: str = Field("98,2,0", description="train,valid,test shares of `train` when `valid` is empty")
-    cache_dir: str | None = Field(None, description="index cache; default: <run.dir>/data-cache")
+    valid: list[BlendEntry] = Field(default_factory=list, description="own corpora; without: `split` cuts train")
+    split: str = Field(default="98,2,0", description="train,valid,test shares of `train` when `valid` is empty")
+    cache_dir: str | None = Field(default=None, description="index cache; default: <run.dir>/data-cache")
 
     @field_validator("split")
     @classmethod
@@ -243,8 +264,8 @@ class DataConfig(Section):
             shares = [float(x) for x in value.split(",")]
         except ValueError:
             shares = []
-        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
-            raise ValueError("must be three non-negative numbers 'train,valid,test', the first above 0")
+        if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
+            raise ValueError("must be three finite non-negative numbers 'train,valid,test', the first above 0")
         return value
 
 
@@ -254,22 +275,44 @@ class ScheduleConfig(Section):
     type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup_iters: Count = 0
     decay_iters: PositiveInt | None = Field(
-        None, description="wsd: length of the final decay (default: a fifth of train_iters); cosine, linear: where min_lr is reached"
+        default=None,
+        description="wsd: length of the final decay (default: a fifth of train_iters); cosine, linear: where min_lr is "
+        "reached (default: train_iters)",
     )
     min_lr: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _shape_has_a_use_for_what_is_set(self) -> ScheduleConfig:
+        if self.type == "constant":
+            for name, value in (("decay_iters", self.decay_iters), ("min_lr", self.min_lr or None)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} ({value}) means nothing with type constant, which never decays; remove it, or choose "
+                        "wsd, cosine or linear"
+                    )
+        elif self.type != "wsd" and self.decay_iters is not None and self.decay_iters <= self.warmup_iters:
+            raise ValueError(
+                f"decay_iters ({self.decay_iters}) is the iteration where {self.type} reaches min_lr; it must exceed "
+                f"warmup_iters ({self.warmup_iters})"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
     """AdamW on fp32 masters."""
 
     type: Literal["auto", "adamw", "cpu_adam", "apex_fused_adam"] = Field(
-        "auto", description="auto: apex FusedAdam when NVIDIA's is there, else torch's fused AdamW on GPU; torch's AdamW on CPU"
+        default="auto",
+        description="auto: on GPU NVIDIA apex's FusedAdam when it is there, on CPU DeepSpeed's when it was built with "
+        "it, else torch's fused AdamW",
     )
     lr: PositiveFloat = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices; norms, biases and embeddings of experts and layers are exempt")
-    clip_grad: NonNegativeFloat = Field(1.0, description="one norm over dense, expert, hyper and tied parameters; 0: off")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.1, description="on matrices; norms, biases and embeddings of experts and layers are exempt"
+    )
+    clip_grad: NonNegativeFloat = Field(default=1.0, description="largest norm of all gradients together; 0: off")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
 
 
@@ -277,7 +320,7 @@ class ZeroConfig(Section):
     """DeepSpeed ZeRO owns the optimizer state."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements per reduction bucket")
+    reduce_bucket_size: PositiveInt = Field(default=50_000_000, description="elements per reduction bucket")
 
 
 class TrainingConfig(Section):
@@ -285,23 +328,35 @@ class TrainingConfig(Section):
 
     train_iters: PositiveInt
     global_batch_size: PositiveInt = Field(description="sequences per step")
-    micro_batch_size: PositiveInt = Field(1, description="sequences per forward pass of one data-parallel rank")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="of parameters and activations; masters are fp32")
+    micro_batch_size: PositiveInt = Field(default=1, description="sequences per forward pass of one data-parallel rank")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="of parameters and activations; masters are fp32"
+    )
     seed: Count = 1234
     log_interval: PositiveInt = 10
-    eval_interval: Count = Field(0, description="iterations between validations; 0: only at the end")
-    eval_iters: Count = Field(10, description="global batches per validation; 0: never")
-    stop_after: PositiveInt | None = Field(None, description="leave cleanly after this iteration, with a checkpoint")
-    max_skipped_steps: PositiveInt = Field(20, description="steps in a row skipped for non-finite gradients before giving up")
+    eval_interval: Count = Field(default=0, description="iterations between validations; 0: only at the end")
+    eval_iters: Count = Field(default=10, description="global batches per validation; 0: never")
+    stop_after: PositiveInt | None = Field(
+        default=None, description="leave cleanly after this iteration, with a checkpoint"
+    )
+    max_skipped_steps: PositiveInt = Field(
+        default=20, description="in a row, for non-finite gradients, before giving up"
+    )
 
 
 class CheckpointConfig(Section):
     """Sharded checkpoints that any layout can resume."""
 
-    save_interval: Count = Field(0, description="iterations between saves; 0: only at the end")
+    save_interval: Count = Field(default=0, description="iterations between saves; 0: only at the end")
     keep_last: PositiveInt = 3
-    resume: Literal["auto", "never"] = Field("auto", description="auto: the newest complete checkpoint of this run, if any")
-    load: str | None = Field(None, description="start from this checkpoint folder instead of this run's own")
+    resume: Literal["auto", "never"] = Field(
+        default="auto", description="auto: this run's newest sound checkpoint, if any"
+    )
+    load: str | None = Field(
+        default=None,
+        description="where to start when this run has no checkpoint of its own: a step folder, or a `checkpoints` or "
+        "run folder (its newest)",
+    )
 
 
 class RuntimeConfig(Section):
@@ -310,7 +365,9 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     timeout_minutes: PositiveFloat = 10.0
-    cpu_threads: PositiveInt | None = Field(None, description="threads per process on CPU; default: cores / local processes")
+    cpu_threads: PositiveInt | None = Field(
+        default=None, description="per process, on CPU; default: cores / local processes"
+    )
 
 
 class RunSection(Section):
@@ -333,55 +390,13 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="further DeepSpeed settings, in DeepSpeed's own JSON names; must not contradict ours"
+        default_factory=dict,
+        description="further DeepSpeed settings, in DeepSpeed's own JSON names; must not contradict ours",
     )
 
     @model_validator(mode="after")
-    def _parallel_fits_model(self) -> RunConfig:
-        problems = list(_parallel_problems(self))
+    def _sections_fit_together(self) -> RunConfig:
+        problems = list(section_problems(self))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
-
-
-def _parallel_problems(config: RunConfig):
-    """Rules between sections that need no world size. Yields one sentence per broken rule."""
-    model, par, train = config.model, config.parallel, config.training
-    if model.num_attention_heads % par.tensor or model.kv_heads % par.tensor:
-        yield (
-            f"parallel.tensor ({par.tensor}) must divide model.num_attention_heads ({model.num_attention_heads}) "
-            f"and model.num_query_groups ({model.kv_heads})"
-        )
-    for name in ("ffn_hidden_size", "vocab_size"):
-        if getattr(model, name) % par.tensor:
-            yield f"parallel.tensor ({par.tensor}) must divide model.{name} ({getattr(model, name)})"
-    if (par.sequence or model.moe) and model.seq_length % par.tensor:
-        yield f"parallel.tensor ({par.tensor}) must divide model.seq_length ({model.seq_length})"
-    chunks = par.pipeline * par.virtual_pipeline
-    if model.num_layers % chunks:
-        yield (
-            f"parallel.pipeline x parallel.virtual_pipeline ({par.pipeline} x {par.virtual_pipeline}) must divide "
-            f"model.num_layers ({model.num_layers})"
-        )
-    if model.moe is None and par.expert > 1:
-        yield f"parallel.expert ({par.expert}) needs a model with model.moe"
-    if model.moe is not None and model.moe.num_experts % par.expert:
-        legal = [n for n in range(1, model.moe.num_experts + 1) if model.moe.num_experts % n == 0]
-        yield (
-            f"parallel.expert ({par.expert}) must divide model.moe.num_experts ({model.moe.num_experts}); "
-            f"legal: {', '.join(map(str, legal))}"
-        )
-    if config.zero.stage == 3 and par.pipeline > 1:
-        yield (
-            f"zero.stage 3 with parallel.pipeline ({par.pipeline}) hangs in DeepSpeed (its parameter gathering does not "
-            "follow a pipeline schedule); use zero.stage 0, 1 or 2"
-        )
-    if config.zero.stage == 3 and model.moe is not None:
-        yield "zero.stage 3 is refused by DeepSpeed for models with experts; use zero.stage 0, 1 or 2"
-    if train.global_batch_size % train.micro_batch_size:
-        yield (
-            f"training.micro_batch_size ({train.micro_batch_size}) must divide "
-            f"training.global_batch_size ({train.global_batch_size})"
-        )
-    if config.runtime.device == "cpu" and config.runtime.backend == "nccl":
-        yield "runtime.backend nccl needs runtime.device cuda; legal with cpu: gloo"

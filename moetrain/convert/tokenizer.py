@@ -17,6 +17,9 @@ from moetrain.convert.sentencepiece_fast import FastTokenizer, fast_tokenizer
 from moetrain.data.tokenizers import Tokenizer, load_tokenizer
 from moetrain.errors import ConversionError
 
+CLASS = "PreTrainedTokenizerFast"
+"""Runs a tokenizer.json as it stands. This is the name that both transformers 4 and 5 know it by."""
+
 COPIED = ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
 
 PROBES = (
@@ -86,6 +89,8 @@ def _save_sentencepiece(fast: FastTokenizer, original: Tokenizer, pad: int, fold
         **{role: token for role, token in named.items() if token is not None},
     )
     wrapped.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": CLASS})
     _write_json(folder / "special_tokens_map.json", {role: token for role, token in named.items() if token is not None})
 
 
@@ -103,7 +108,7 @@ def _save_huggingface(path: Path, original: Tokenizer, folder: Path, max_length:
     if "eos_token" not in settings:
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         settings["eos_token"] = _token_text(vocabulary, original.eod)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    settings |= {"tokenizer_class": CLASS, "model_max_length": max_length}
     _write_json(folder / "tokenizer_config.json", settings)
 
 

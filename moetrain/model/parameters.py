@@ -89,6 +89,7 @@ def _describe(
     return ParameterInfo(
         name=name,
         parameter=parameter,
+        local_shape=shape,
         global_shape=global_shape,
         blocks=blocks,
         expert=expert,

@@ -8,7 +8,13 @@ import warnings
 from pathlib import Path
 
 # Megatron-core warns at import about each optional library that is absent; `moetrain doctor` tells that in one table.
-_EXPECTED_WARNINGS = (".*Transformer Engine.*", ".*Apex is not installed.*")
+_EXPECTED_WARNINGS = (
+    ".*Transformer Engine.*",
+    ".*Apex is not installed.*",
+    ".*full scope is deprecated.*",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+    ".*(reduce_scatter|all_gather_into)_tensor.*deprecated.*",
+)
 _QUIET = ("megatron", "DeepSpeed", "torch.distributed", "filelock")
 
 

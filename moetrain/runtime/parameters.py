@@ -27,7 +27,8 @@ class ParameterInfo:
 
     Attributes:
         name: global name; the same on every layout.
-        parameter: the local tensor.
+        parameter: the local tensor. Under ZeRO-3 it is empty between its uses; `local_shape` stays.
+        local_shape: its shape on this rank.
         global_shape: shape of the whole tensor.
         blocks: how the local rows lie in the global tensor, in local order.
         expert: reduced over the expert-data-parallel ranks rather than the data-parallel ones.
@@ -40,6 +41,7 @@ class ParameterInfo:
 
     name: str
     parameter: nn.Parameter
+    local_shape: tuple[int, ...]
     global_shape: tuple[int, ...]
     blocks: tuple[Block, ...]
     expert: bool

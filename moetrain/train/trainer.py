@@ -17,7 +17,7 @@ from moetrain.checkpoint.compatibility import check_config
 from moetrain.checkpoint.manager import CheckpointManager
 from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.config.layout import ParallelLayout
-from moetrain.config.loader import config_to_dict
+from moetrain.config.loader import config_from_dict, config_to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.data.loader import BatchLoader, MicroBatch, SampleDataset
 from moetrain.errors import CheckpointError, MoetrainError
@@ -174,8 +174,10 @@ class Trainer:
         if reader is None:
             return
         with reader:
+            # Through today's schema, so that a setting which did not exist then does not look like a contradiction.
+            saved = config_from_dict(reader.config, f"the config in {reader.folder}")
             notes = check_config(
-                reader.config,
+                config_to_dict(saved),
                 config_to_dict(self.config),
                 saved_tokenizer=reader.extra.get("tokenizer"),
                 current_tokenizer=self.data.tokenizer_fingerprint,
@@ -191,7 +193,14 @@ class Trainer:
 
     def _open_checkpoint(self) -> CheckpointReader | None:
         checkpoint = self.config.checkpoint
-        own = self.checkpoints.open() if checkpoint.resume == "auto" else None
+        own = None
+        if checkpoint.resume == "auto":
+            own = self.checkpoints.open()
+        elif (latest := self.checkpoints.latest()) is not None:
+            raise CheckpointError(
+                f"checkpoint.resume is never, but this run's folder already holds {latest}, which would be in the way of its "
+                "own checkpoints; choose another run.dir, or checkpoint.resume=auto"
+            )
         if own is not None or checkpoint.load is None:
             return own
         reader = self.checkpoints.open(checkpoint.load)

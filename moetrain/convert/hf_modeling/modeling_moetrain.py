@@ -10,6 +10,7 @@ Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -146,7 +147,11 @@ class MoetrainAttention(nn.Module):
         )
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            # transformers 4 needs the place of new tokens for a static cache; 5 keeps count itself.
+            place = {"cache_position": torch.arange(past, past + s, device=x.device)}
+            key, value = past_key_values.update(key, value, self.layer_idx, place)
+            # A static cache returns room for tokens to come, which nobody sees yet.
+            visible = F.pad(visible, (0, key.shape[2] - visible.shape[-1]))
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         importance = None
@@ -182,6 +187,14 @@ class MoetrainRouter(nn.Module):
         gates = torch.zeros_like(probabilities).scatter(-1, experts, best)
         selected = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, experts, kept)
         return gates, selected
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves of the module (`.to`, `.half`) take log_alpha along, but a rounded one would change all budgets."""
+        kept = getattr(self, "log_alpha", None)
+        super()._apply(fn, recurse)
+        if kept is not None and self.log_alpha.dtype != kept.dtype:
+            self.log_alpha = kept.to(self.log_alpha.device)
+        return self
 
     def _budget(self, x: Tensor, importance: Tensor | None) -> Tensor:
         """How many experts each token gets, [T]."""
@@ -309,8 +322,6 @@ class MoetrainPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["MoetrainDecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
-    # A rounded log_alpha changes how many experts tokens get.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_alpha"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.checkpoint.rectangles import Rect, first_fault, flat_range_to_rects, intersect
@@ -31,6 +31,7 @@ def mask(shape, rect):
     return out
 
 
+@settings(deadline=None)
 @given(shape_and_range())
 def test_the_rectangles_of_a_flat_range_are_that_range_in_its_order(case):
     shape, start, stop = case
@@ -43,6 +44,7 @@ def test_the_rectangles_of_a_flat_range_are_that_range_in_its_order(case):
     assert found == list(range(start, stop))
 
 
+@settings(deadline=None)
 @given(shape_and_range())
 def test_a_flat_range_needs_at_most_2n_minus_1_rectangles(case):
     shape, start, stop = case
@@ -60,6 +62,7 @@ def test_a_flat_range_outside_the_array_is_refused():
         flat_range_to_rects((2, 3), 0, 7)
 
 
+@settings(deadline=None)
 @given(st.data(), shapes)
 def test_the_intersection_holds_the_elements_in_both(data, shape):
     a, b = data.draw(rects_in(shape)), data.draw(rects_in(shape))
@@ -70,6 +73,7 @@ def test_the_intersection_holds_the_elements_in_both(data, shape):
         assert (mask(shape, common) == both).all()
 
 
+@settings(deadline=None)
 @given(st.data(), shapes)
 def test_a_fault_is_a_region_with_exactly_the_named_owners(data, shape):
     rects = [r for r in data.draw(st.lists(rects_in(shape), max_size=5)) if r.numel]
@@ -85,6 +89,7 @@ def test_a_fault_is_a_region_with_exactly_the_named_owners(data, shape):
         assert all((mask(shape, rects[i])[at] == 1).all() for i in owners)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 40))
 def test_flat_slices_of_column_blocks_tile_the_tensor(blocks, rows, cuts):
     columns = 3 * blocks

@@ -112,7 +112,7 @@ def test_an_export_loads_has_the_same_logits_and_generates(run, build, weights, 
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     }
     model = hf.run_config(reader.config).model
-    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("the quick", return_tensors="pt")
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)("the quick", return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(
             network(**prompt).logits, build(model, weights(model, seed=20))(**prompt).logits, atol=0, rtol=0

@@ -196,10 +196,11 @@ def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(model, w
 
 
 @pytest.mark.parametrize("kind", ["top_k-hyper", "da_moe-self_weight-mean_k", "da_moe-row_entropy-paper"])
-def test_static_cache_and_beams_generate_like_the_plain_loop(of_kind, weights, build, kind):
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_cache_and_beams_generate_like_the_plain_loop(of_kind, weights, build, kind, padded):
     model = of_kind(kind)
     network, tokens = build(model, weights(model)), some_tokens(2, 5)
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]) if padded else torch.ones_like(tokens)
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     plain = network.generate(tokens, **options)
     static = network.generate(tokens, cache_implementation="static", disable_compile=True, **options)
@@ -262,6 +263,14 @@ def test_half_precision_runs_and_stays_near_fp32(model, weights, build, dtype):
         logits = build(model, weights(model)).to(dtype)(tokens).logits
     assert logits.dtype == dtype
     assert (logits.float() - exact).abs().median() < 0.1 * exact.std()
+
+
+def test_a_change_of_dtype_leaves_log_alpha_exact(of_kind, weights, build):
+    model = of_kind("da_moe-self_weight-mean_k")
+    tensors = weights(model)
+    router = build(model, tensors).half().bfloat16().to("cpu").model.layers[1].mlp.gate
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.log_alpha, tensors["decoder.layers.1.mlp.router.log_alpha"])
 
 
 def test_logits_to_keep_hidden_states_and_embeddings_as_input(of_kind, weights, build):

@@ -1,0 +1,82 @@
+"""Rules between sections of a run that need no number of processes. What breaks one is told before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import RunConfig
+
+
+def section_problems(config: RunConfig) -> Iterator[str]:
+    """One sentence per broken rule. Names in it are full paths of settings, so that the loader can say where they were
+    set."""
+    yield from _shard_problems(config)
+    yield from _combination_problems(config)
+    yield from _schedule_problems(config)
+
+
+def _shard_problems(config: RunConfig) -> Iterator[str]:
+    """Whether the parallel sizes divide the model."""
+    model, par = config.model, config.parallel
+    if model.num_attention_heads % par.tensor or model.kv_heads % par.tensor:
+        yield (
+            f"parallel.tensor ({par.tensor}) must divide model.num_attention_heads ({model.num_attention_heads}) "
+            f"and model.num_query_groups ({model.kv_heads})"
+        )
+    for name in ("ffn_hidden_size", "vocab_size"):
+        if getattr(model, name) % par.tensor:
+            yield f"parallel.tensor ({par.tensor}) must divide model.{name} ({getattr(model, name)})"
+    if (par.sequence or model.moe) and model.seq_length % par.tensor:
+        yield f"parallel.tensor ({par.tensor}) must divide model.seq_length ({model.seq_length})"
+    chunks = par.pipeline * par.virtual_pipeline
+    if model.num_layers % chunks:
+        yield (
+            f"parallel.pipeline x parallel.virtual_pipeline ({par.pipeline} x {par.virtual_pipeline}) must divide "
+            f"model.num_layers ({model.num_layers})"
+        )
+    if model.moe is None and par.expert > 1:
+        yield f"parallel.expert ({par.expert}) needs a model with model.moe"
+    if model.moe is not None and model.moe.num_experts % par.expert:
+        legal = [n for n in range(1, model.moe.num_experts + 1) if model.moe.num_experts % n == 0]
+        yield (
+            f"parallel.expert ({par.expert}) must divide model.moe.num_experts ({model.moe.num_experts}); "
+            f"legal: {', '.join(map(str, legal))}"
+        )
+
+
+def _combination_problems(config: RunConfig) -> Iterator[str]:
+    """Whether settings that exclude each other stand together."""
+    model, par, train = config.model, config.parallel, config.training
+    if config.zero.stage == 3 and par.pipeline > 1:
+        yield (
+            f"zero.stage (3) with parallel.pipeline ({par.pipeline}) hangs in DeepSpeed (its parameter gathering does "
+            "not follow a pipeline schedule); legal: 0, 1, 2"
+        )
+    if config.zero.stage == 3 and model.moe is not None:
+        yield "zero.stage (3) is refused by DeepSpeed for models with experts (model.moe); legal: 0, 1, 2"
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"training.micro_batch_size ({train.micro_batch_size}) must divide "
+            f"training.global_batch_size ({train.global_batch_size})"
+        )
+    if config.runtime.device == "cpu" and config.runtime.backend == "nccl":
+        yield "runtime.backend nccl needs runtime.device cuda; legal with cpu: gloo"
+
+
+def _schedule_problems(config: RunConfig) -> Iterator[str]:
+    """Whether the learning rate can follow its schedule within this run."""
+    schedule, lr, iters = config.optimizer.schedule, config.optimizer.lr, config.training.train_iters
+    if schedule.min_lr > lr:
+        yield f"optimizer.schedule.min_lr ({schedule.min_lr:g}) must not exceed optimizer.lr ({lr:g})"
+    if schedule.warmup_iters > iters:
+        yield (
+            f"optimizer.schedule.warmup_iters ({schedule.warmup_iters}) must not exceed training.train_iters ({iters}), or "
+            "the run would end before its peak rate"
+        )
+    elif schedule.type == "wsd" and schedule.warmup_iters + (schedule.decay_iters or 0) > iters:
+        yield (
+            f"optimizer.schedule.warmup_iters + optimizer.schedule.decay_iters ({schedule.warmup_iters} + "
+            f"{schedule.decay_iters}) must not exceed training.train_iters ({iters})"
+        )

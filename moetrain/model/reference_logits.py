@@ -1,0 +1,61 @@
+"""The training model's own logits from a checkpoint, in one process: what exports are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.config.layout import ParallelLayout
+from moetrain.config.loader import config_from_dict
+from moetrain.config.schema import ParallelConfig
+from moetrain.model.build import build_chunks
+from moetrain.model.parameters import named_controllers, named_parameters
+from moetrain.runtime.groups import ParallelGroups, create_groups, destroy_groups
+
+
+class WeightSource(Protocol):
+    """The part of a checkpoint reader that is needed here."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved RunConfig as a tree."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor by its name in the checkpoint."""
+        ...
+
+
+@torch.no_grad()
+def megatron_logits(reader: WeightSource, tokens: Tensor) -> Tensor:
+    """Logits, fp32 [b, s, V], for tokens, int64 [b, s] with s at most `model.seq_length`, computed in fp32 on CPU.
+
+    Makes a process group of one for the duration of the call; there must be none yet.
+    """
+    model = config_from_dict(reader.config, "the checkpoint's config").model
+    with _single_process() as groups:
+        (decoder,) = build_chunks(model, ParallelConfig(), groups, torch.float32, torch.device("cpu"))
+        for name, parameter in named_parameters([decoder]):
+            parameter.copy_(reader.read(f"weight.{name}"))
+        for name, controller in named_controllers([decoder]):
+            controller.log_alpha.copy_(reader.read(f"controller.{name}"))
+        decoder.eval()
+        positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
+        return decoder(tokens, positions, None)
+
+
+@contextmanager
+def _single_process() -> Iterator[ParallelGroups]:
+    assert not dist.is_initialized(), "reference logits need a process of their own"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1))
+    try:
+        yield create_groups(ParallelLayout(1), seed=0)
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()

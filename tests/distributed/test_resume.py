@@ -1,0 +1,107 @@
+"""Six steps are three steps, a checkpoint, new processes and three more: to the bit on the same layout, within the parity
+bound on any other."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from parity import LAYOUTS, SINGLE, Layout, layout_of, run_steps, tiny_config, whole_controllers, whole_weights
+
+from moetrain.checkpoint.comm import TorchDistributed
+from moetrain.checkpoint.manager import CheckpointManager
+from moetrain.config.loader import config_to_dict
+from moetrain.runtime.groups import create_groups
+from moetrain.testing import run_distributed
+from moetrain.train.setup import build_step
+from moetrain.train.state import collect_pieces, restore
+
+BY_NAME = {layout.name: layout for layout in [SINGLE, *LAYOUTS]}
+STEPS, HALF = 6, 3
+
+
+def run_part(layout: Layout, zero: int, tied: bool, folder: Path, first: int, last: int) -> dict:
+    """Steps [first, last) of the synthetic run: from `folder`'s checkpoint if first > 0; a checkpoint is left there."""
+    config = tiny_config(layout, zero, tied)
+    step = build_step(config, create_groups(layout_of(config), seed=1), torch.device("cpu"))
+    manager = CheckpointManager(folder, keep_last=2, comm=TorchDistributed())
+    record = {"name": layout.name, "zero": zero}
+    if first > 0:
+        reader = manager.open()
+        assert reader is not None and reader.step == first
+        restore(step, reader, record, logging.getLogger("test"))
+    losses, norms = run_steps(step, range(first, last))
+    manager.save(last, last * 8, collect_pieces(step), config_to_dict(config), record, {"optimizer_steps": last})
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": whole_weights(step),
+        "controllers": whole_controllers(step),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def run(layout: str, zero: int, tied: bool, folder: Path, first: int, last: int) -> dict:
+    at = BY_NAME[layout]
+    return run_distributed(run_part, at.world, at, zero, tied, folder, first, last)[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero", "tied"),
+    [
+        ("single", 0, False),
+        ("dp2", 2, False),
+        ("pp2 x ep2", 1, True),
+        ("pp2 interleaved", 1, True),
+        ("tp2+sp x ep2", 2, False),
+        ("tp2+sp x pp2 interleaved x ep2", 0, True),
+    ],
+)
+def test_resume_on_the_same_layout_is_exact_to_the_bit(layout: str, zero: int, tied: bool, tmp_path: Path) -> None:
+    whole = run(layout, zero, tied, tmp_path / "whole", 0, STEPS)
+    before = run(layout, zero, tied, tmp_path / "parts", 0, HALF)
+    after = run(layout, zero, tied, tmp_path / "parts", HALF, STEPS)
+    assert before["losses"] + after["losses"] == whole["losses"]
+    assert before["norms"] + after["norms"] == whole["norms"]
+    assert after["controllers"] == whole["controllers"]
+    assert torch.equal(after["rng"], whole["rng"])
+    for name, weight in whole["weights"].items():
+        assert torch.equal(after["weights"][name], weight), name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A checkpoint of step 3 made on pp2 x ep2 with ZeRO-1, tied, and the uninterrupted run on one process."""
+    folder = tmp_path_factory.mktemp("saved")
+    run("pp2 x ep2", 1, True, folder, 0, HALF)
+    return folder, run("single", 1, True, tmp_path_factory.mktemp("whole"), 0, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [
+        ("single", 0),
+        ("dp2", 2),
+        ("tp2", 1),
+        ("tp2+sp x ep2", 2),
+        ("pp2 interleaved", 1),
+        ("ep4", 0),
+        ("tp2+sp x pp2 x ep2", 2),
+    ],
+)
+def test_resume_on_another_layout_keeps_the_trajectory(
+    layout: str, zero: int, saved: tuple[Path, dict], tmp_path: Path
+) -> None:
+    folder, whole = saved
+    shutil.copytree(folder, tmp_path / "run")
+    after = run(layout, zero, True, tmp_path / "run", HALF, STEPS)
+    for kind in ("losses", "norms"):
+        for mine, reference in zip(after[kind], whole[kind][HALF:], strict=True):
+            assert abs(mine - reference) / abs(reference) <= 1e-5
+    assert after["controllers"] == whole["controllers"]
+    for name, weight in whole["weights"].items():
+        assert float((after["weights"][name] - weight).norm() / weight.norm()) <= 1e-5, name
+
