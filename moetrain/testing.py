@@ -27,9 +27,7 @@ _PRELOAD = [
 ]
 
 
-def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
-) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call `function(*args)` in `world_size` processes joined by gloo; the results, in rank order.
 
     `function` must be importable (defined at module level) and its results picklable. The first failing rank's
@@ -56,12 +54,12 @@ def _run_rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     try:
         store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
         result = function(*args)
         dist.barrier()
         (Path(folder) / f"result-{rank}").write_bytes(pickle.dumps(result))
@@ -89,7 +87,8 @@ def _join(processes: list[ForkServerProcess], folder: Path, deadline: float) -> 
     failed = [r for r, p in enumerate(processes) if p.exitcode != 0]
     if failed:
         reports = [
-            f"rank {rank}:\n{(folder / f'error-{rank}').read_text()}" if (folder / f"error-{rank}").exists()
+            f"rank {rank}:\n{(folder / f'error-{rank}').read_text()}"
+            if (folder / f"error-{rank}").exists()
             else f"rank {rank}: exit code {processes[rank].exitcode}, no report"
             for rank in failed
         ]

@@ -14,7 +14,6 @@ from moetrain.config.layout import ParallelLayout, check_layout, smallest_world
 from moetrain.config.loader import dump_yaml, fingerprint, json_schema, load_config
 from moetrain.config.schema import DAMoERouterConfig, ModelConfig, MoEConfig, RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
-from moetrain.optim.schedules import check_schedule
 
 app = typer.Typer(no_args_is_help=True, help="Check, resolve and document configuration files.")
 
@@ -33,7 +32,6 @@ def check(
     """
     config = load_config(*split_words(words))
     layout = check_layout(config, world_size) if world_size is not None else None
-    check_schedule(config.optimizer.schedule, config.optimizer.lr, config.training.train_iters)
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, text in _summary(config, layout):
         table.add_row(name, text)

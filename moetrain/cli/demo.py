@@ -51,8 +51,10 @@ def demo(
     # Nothing is looked up in a network, and the exported model's code is cached in the demo's folder, not in the home.
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_MODULES_CACHE": str(files.root.absolute() / "cache"),
         "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
     }
     with open_folder(directory, plan.settings, fresh) as folder, work.Worker() as worker:
         files.config.write_text(dump_yaml(plan.first), encoding="utf-8")

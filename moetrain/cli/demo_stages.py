@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -236,15 +235,16 @@ def generate(files: Files) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(files.hf, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(files.hf, trust_remote_code=True, local_files_only=True).eval()
+    trusted: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(files.hf, **trusted)
+    model: Any = AutoModelForCausalLM.from_pretrained(files.hf, **trusted).eval()
     torch.manual_seed(0)
     samples = []
-    started = time.monotonic()
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=True, temperature=0.7, top_k=40)
+        room = min(_NEW_TOKENS, model.config.max_position_embeddings - inputs["input_ids"].shape[1])
+        ids = model.generate(**inputs, max_new_tokens=room, do_sample=True, temperature=0.7, top_k=40)
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
         samples.append({"prompt": prompt, "text": text})
         typer.echo(f"--- {prompt!r}\n{text}")
-    return {"samples": samples, "seconds": time.monotonic() - started}
+    return {"samples": samples}

@@ -67,8 +67,8 @@ def _learned(plan: Plan, results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "training loss",
         (
-            f"{first['train/loss']:.3f} at step {first['iteration']}, {last['train/loss']:.3f} at step {last['iteration']}, "
-            f"{last['train/consumed_tokens']:,} tokens of {results['encode']['train_tokens']:,}"
+            f"{first['train/loss']:.3f} at step {first['iteration']}, {last['train/loss']:.3f} at step {last['iteration']} "
+            f"({last['train/consumed_tokens']:,} tokens)"
         ),
     )
     yield "held-out loss", f"{loss:.3f} nats per token ({', '.join(course)})"

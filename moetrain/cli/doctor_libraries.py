@@ -7,13 +7,13 @@ never runs and a slow import never has to be waited for.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from moetrain.runtime.fused_adam import cpu_adam_is_built, find_apex
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,14 @@ def library_findings() -> Iterator[Finding]:
 
 
 def apex_finding() -> Finding:
-    """NVIDIA's apex, built from source, has apex/optimizers/fused_adam.py; PyPI's `apex` is a web add-on of 2013."""
-    folders = _package_folders("apex")
-    version = _version("apex")
+    """NVIDIA's apex, or what stands under its name."""
+    kind, version = find_apex(), _version("apex")
     without = "optimizer.type auto takes torch's fused AdamW on GPU; apex_fused_adam is refused"
-    if any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        if importlib.util.find_spec("amp_C") is None:
-            return Finding("NVIDIA apex", "wrong", f"{version or 'present'}, built without its CUDA kernels", without)
+    if kind == "usable":
         return Finding("NVIDIA apex", "ok", version or "present", "optimizer.type auto takes its FusedAdam on GPU")
-    if folders or version:
+    if kind == "without kernels":
+        return Finding("NVIDIA apex", "wrong", f"{version or 'present'}, built without its CUDA kernels", without)
+    if kind == "impostor" or version:
         found = (
             f"a package named apex {version or ''} without apex.optimizers: not NVIDIA's, but PyPI's of the same name"
         )
@@ -127,12 +126,7 @@ def _deepspeed() -> Iterator[Finding]:
     yield _package("deepspeed", "ZeRO: owns and partitions the optimizer state", required=True)
     if _version("deepspeed") is None:
         return
-    built = any(
-        path.suffix == ".so"
-        for folder in _package_folders("deepspeed")
-        for path in (folder / "ops" / "adam").glob("cpu_adam_op*")
-    )
-    if built:
+    if cpu_adam_is_built():
         effect = "optimizer.type auto takes it on CPU"
         yield Finding("DeepSpeed CPU Adam", "ok", "built with DeepSpeed", effect)
         return
@@ -171,9 +165,3 @@ def _version_problem(name: str) -> str | None:
         if requirement.name == name and version and not requirement.specifier.contains(version, prereleases=True):
             return f"moetrain {importlib.metadata.version('moetrain')} is made for {name} {requirement.specifier}"
     return None
-
-
-def _package_folders(name: str) -> list[Path]:
-    """Where a top-level package lies, without importing it."""
-    spec = importlib.util.find_spec(name)
-    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []

@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moetrain.cli.arguments import Words, split_words
+
 if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Start the ranks of a run: on this machine (local) or through Slurm.")
 
-Arguments = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONFIG... [KEY=VALUE...]", help="YAML files, merged left to right, then overrides such as zero.stage=2"
-    ),
-]
-
 
 @app.command()
 def local(
-    arguments: Arguments,
+    arguments: Words,
     num_processes: Annotated[
         int, typer.Option("--num-processes", "-n", min=1, help="ranks: one per GPU, or CPU ranks")
     ] = 1,
@@ -49,7 +44,7 @@ def local(
 
 @app.command()
 def slurm(
-    arguments: Arguments,
+    arguments: Words,
     nodes: Annotated[int, typer.Option(min=1, help="nodes")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of a node, and ranks on it; 0: train on CPU")] = 0,
     processes_per_node: Annotated[int | None, typer.Option(min=1, help="ranks per node; default: one per GPU")] = None,
@@ -79,7 +74,7 @@ def slurm(
         bool, typer.Option("--submit/--dry-run", help="hand the script to sbatch, or print it")
     ] = False,
 ) -> None:
-    """Train through Slurm: print the batch script (--dry-run, the default), or submit it (--submit) and print the job id.
+    """Train through Slurm: print the batch script (--dry-run, the default), or submit it (--submit) and print its id.
 
     Example: moetrain launch slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 --submit configs/run.yaml
     """
@@ -122,14 +117,7 @@ def _checked(arguments: list[str], world_size: int) -> RunConfig:
     """The run that `arguments` describe, refused here and once rather than on every rank. Raises ConfigError."""
     from moetrain.config.layout import check_layout
     from moetrain.config.loader import load_config
-    from moetrain.errors import ConfigError
-    from moetrain.optim.schedules import check_schedule
 
-    files = [word for word in arguments if "=" not in word or Path(word).is_file()]
-    overrides = [word for word in arguments if word not in files]
-    if not files:
-        raise ConfigError("no configuration file given; usage: moetrain launch ... CONFIG... [KEY=VALUE...]")
-    config = load_config(files, overrides)
+    config = load_config(*split_words(arguments))
     check_layout(config, world_size)
-    check_schedule(config.optimizer.schedule, config.optimizer.lr, config.training.train_iters)
     return config

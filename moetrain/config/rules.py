@@ -72,8 +72,8 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         yield f"optimizer.schedule.min_lr ({schedule.min_lr:g}) must not exceed optimizer.lr ({lr:g})"
     if schedule.warmup_iters > iters:
         yield (
-            f"optimizer.schedule.warmup_iters ({schedule.warmup_iters}) must not exceed training.train_iters ({iters}), or "
-            "the run would end before its peak rate"
+            f"optimizer.schedule.warmup_iters ({schedule.warmup_iters}) must not exceed training.train_iters "
+            f"({iters}): the run would end before its peak rate"
         )
     elif schedule.type == "wsd" and schedule.warmup_iters + (schedule.decay_iters or 0) > iters:
         yield (

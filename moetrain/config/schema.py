@@ -265,7 +265,7 @@ class DataConfig(Section):
         except ValueError:
             shares = []
         if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
-            raise ValueError("must be three finite non-negative numbers 'train,valid,test', the first above 0")
+            raise ValueError("must be three non-negative numbers 'train,valid,test', all finite, the first above 0")
         return value
 
 

@@ -85,7 +85,7 @@ def launch_local(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we decide what becomes of it
-        preexec_fn=partial(exit_with_parent, signal.SIGTERM),  # noqa: PLW1509 - no thread of ours runs yet
+        preexec_fn=partial(exit_with_parent, signal.SIGTERM),  # safe: no thread of ours runs yet
     )
     with _Stopper(agent, run_dir, stop_grace_seconds, err) as stopper:
         code = _pump(agent, folder, out, err)
@@ -105,7 +105,7 @@ def torchrun_command(
         *("--nnodes=1", f"--nproc-per-node={num_processes}", f"--max-restarts={max_restarts}"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=ranks"),
         *("--tee=3", "--local-ranks-filter=0", f"--log-dir={folder.path}"),
-        # ranks treat SIGTERM as a wish, so after a failure torchrun would wait its default 30 s for those in a collective
+        # ranks treat SIGTERM as a wish: after a failure torchrun would wait 30 s (default) for those in a collective
         "--shutdown-timeout=10",
         *("-m", module, *argv),
     ]

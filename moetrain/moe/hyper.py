@@ -64,7 +64,8 @@ class HyperExperts(nn.Module):
         selected_GE, set_of_token_T = distinct_sets(expert_ids_TK, self.expert_embedding.shape[0])
         hidden_Gh = network.encode(self._condition(selected_GE), self.layer)
         tokens, sets = x_TD.shape[0], selected_GE.shape[0]
-        if self.form == "grouped" or (self.form == "auto" and prefer_grouped(tokens, sets, hidden_Gh.shape[1])):
+        grouped = self.form == "grouped" or (self.form == "auto" and prefer_grouped(tokens, sets, hidden_Gh.shape[1]))
+        if grouped and tokens > 0:  # without tokens there is no set to generate for
             return grouped_form(x_TD, hidden_Gh, set_of_token_T, network)
         return factorized_form(x_TD, hidden_Gh, set_of_token_T, network)
 

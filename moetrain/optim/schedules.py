@@ -10,9 +10,6 @@ from __future__ import annotations
 import math
 
 from moetrain.config.schema import ScheduleConfig
-from moetrain.errors import ConfigError
-
-_WHERE = "optimizer.schedule"
 
 
 def learning_rate(schedule: ScheduleConfig, peak_lr: float, train_iters: int, iteration: int) -> float:
@@ -25,7 +22,7 @@ def learning_rate(schedule: ScheduleConfig, peak_lr: float, train_iters: int, it
     - `wsd`: `peak_lr`, then linearly down to `min_lr` over the last `decay_iters` iterations (default a fifth of
       `train_iters`, or what warm-up leaves of them).
 
-    The schedule must have passed `check_schedule`.
+    The config's own validation has made sure that the schedule fits `peak_lr` and `train_iters`.
     """
     assert iteration >= 0, iteration
     if iteration < schedule.warmup_iters:
@@ -41,35 +38,6 @@ def learning_rate(schedule: ScheduleConfig, peak_lr: float, train_iters: int, it
     if schedule.type == "cosine":
         remaining = 0.5 * (1.0 - math.cos(math.pi * remaining))
     return schedule.min_lr + (peak_lr - schedule.min_lr) * remaining
-
-
-def check_schedule(schedule: ScheduleConfig, peak_lr: float, train_iters: int) -> None:
-    """Refuses a schedule that cannot be followed as written. Raises ConfigError naming the setting."""
-    warmup, decay = schedule.warmup_iters, schedule.decay_iters
-    if warmup > train_iters:
-        raise ConfigError(
-            f"{_WHERE}.warmup_iters ({warmup}) must not exceed training.train_iters ({train_iters}): "
-            "the run would end before its peak rate"
-        )
-    if schedule.min_lr > peak_lr:
-        raise ConfigError(f"{_WHERE}.min_lr ({schedule.min_lr:g}) must not exceed optimizer.lr ({peak_lr:g})")
-    if schedule.type == "constant":
-        for name, value in (("decay_iters", decay), ("min_lr", schedule.min_lr or None)):
-            if value is not None:
-                raise ConfigError(
-                    f"{_WHERE}.{name} ({value}) means nothing with {_WHERE}.type constant, which never decays; "
-                    "remove it, or choose wsd, cosine or linear"
-                )
-    if schedule.type in ("cosine", "linear") and decay is not None and decay <= warmup:
-        raise ConfigError(
-            f"{_WHERE}.decay_iters ({decay}) is the iteration where {schedule.type} reaches min_lr; it must exceed "
-            f"{_WHERE}.warmup_iters ({warmup})"
-        )
-    if schedule.type == "wsd" and decay is not None and warmup + decay > train_iters:
-        raise ConfigError(
-            f"{_WHERE}.warmup_iters + decay_iters ({warmup} + {decay}) must not exceed "
-            f"training.train_iters ({train_iters})"
-        )
 
 
 def _decay_span(schedule: ScheduleConfig, train_iters: int) -> tuple[int, int]:

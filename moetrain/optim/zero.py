@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class _GroupKey:
+class GroupKey:
     """Parameters with the same key go through the same reductions."""
 
     expert: bool
@@ -131,21 +131,21 @@ class ZeroOptimizer:
         assert self.stage in (0, 1, 2), "stage 3 has its own class"
         self.groups = groups
         self.infos = {id(info.parameter): info for info in parameters}
-        grouped = _group_parameters(parameters)
+        grouped = group_parameters(parameters)
         self.keys = list(grouped)
         total = sum(info.parameter.numel() for info in parameters)
         # A bucket is a buffer: larger than all gradients together it would only waste memory.
         zero["reduce_bucket_size"] = max(1, min(int(zero.get("reduce_bucket_size", total)), total))
         # DeepSpeed asserts an even size, for the alignment of half-precision sends.
         zero["allgather_bucket_size"] = 2 * -(-int(zero.get("allgather_bucket_size", total)) // 2)
-        base, self.adam_reason = create_adam([_param_group(k, v, config) for k, v in grouped.items()], config, device)
+        base, self.adam_reason = create_adam([adam_group(k, v, config) for k, v in grouped.items()], config, device)
         self._zero = self._create(base, parameters, zero, config)
-        self._init_adam_state()
+        create_adam_state(self._zero.optimizer, self._adam_flats())
 
     def _create(
         self, base: torch.optim.Optimizer, parameters: list[ParameterInfo], zero: dict[str, Any], config: OptimizerConfig
     ) -> _Zero:
-        _init_deepspeed_comm()
+        init_deepspeed_comm()
         alone = self.stage == 0
         data = self.groups.alone if alone else self.groups.data
         expert_data = self.groups.alone if alone else self.groups.expert_data
@@ -171,29 +171,15 @@ class ZeroOptimizer:
             check_grad_overflow=False,  # our norm tells
             **zero,
         )
-        optimizer.moetrain_shared = frozenset(
-            id(info.parameter) for info in parameters if info.name.startswith("hypernetwork.")
-        )
+        if self.stage == 2:
+            optimizer.moetrain_shared = frozenset(
+                id(info.parameter) for info in parameters if info.name.startswith("hypernetwork.")
+            )
         return optimizer
 
-    def _init_adam_state(self) -> None:
-        """Create the moments now rather than at the first step, so that a checkpoint can be loaded into them."""
-        for flat in self._zero.single_partition_of_fp32_groups:
-            state = self._zero.optimizer.state[flat]
-            state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
-        self._set_step_count(0)
-
-    def _set_step_count(self, steps: int) -> None:
-        """Adam's bias correction counts steps per parameter group; each implementation keeps the count elsewhere."""
-        for group, flat in zip(
-            self._zero.optimizer.param_groups, self._zero.single_partition_of_fp32_groups, strict=True
-        ):
-            if isinstance(self._zero.optimizer, torch.optim.AdamW):
-                self._zero.optimizer.state[flat]["step"] = torch.tensor(float(steps), device=flat.device)
-            else:
-                self._zero.optimizer.state[flat]["step"] = steps
-                group["step"] = steps
+    def _adam_flats(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Adam's parameter groups, each with the flat fp32 partition that it updates."""
+        return zip(self._zero.optimizer.param_groups, self._zero.single_partition_of_fp32_groups, strict=True)
 
     # --- a training step ----------------------------------------------------------------------------------------
 
@@ -240,22 +226,14 @@ class ZeroOptimizer:
         self._zero.clear_backward_seen_flag()
         return result
 
-    def _sum_replicas(self, i: int, key: _GroupKey) -> None:
+    def _sum_replicas(self, i: int, key: GroupKey) -> None:
         """Add up the parts of this group's gradients that other ranks of the same partition hold."""
         for group, mean_over in self._replica_groups(key):
             if group.size() == 1 and mean_over == 1:
                 continue
-            gradients = self._gradients(i)
-            flat = torch.cat([g.reshape(-1) for g in gradients]) if gradients else torch.empty(0)
-            dist.all_reduce(flat, group=group)
-            if mean_over > 1:
-                flat /= mean_over
-            start = 0
-            for g in gradients:
-                g.copy_(flat[start : start + g.numel()].view_as(g))
-                start += g.numel()
+            sum_gradients(self._gradients(i), group, mean_over)
 
-    def _replica_groups(self, key: _GroupKey) -> Iterator[tuple[dist.ProcessGroup, int]]:
+    def _replica_groups(self, key: GroupKey) -> Iterator[tuple[dist.ProcessGroup, int]]:
         if self.stage == 0:
             # Experts too are averaged over the dense data-parallel size: their tokens came from all of its ranks.
             yield (self.groups.expert_data if key.expert else self.groups.data), self.groups.data.size()
@@ -321,20 +299,20 @@ class ZeroOptimizer:
     def finish_load(self, steps: int) -> None:
         """After the fragments were overwritten: set Adam's step count and renew the model's weights from the masters.
         Collective over the (expert-)data-parallel ranks."""
-        self._set_step_count(steps)
+        set_step_count(self._zero.optimizer, self._adam_flats(), steps)
         self._zero.update_lp_params()
 
 
-def _group_parameters(parameters: list[ParameterInfo]) -> dict[_GroupKey, list[ParameterInfo]]:
+def group_parameters(parameters: list[ParameterInfo]) -> dict[GroupKey, list[ParameterInfo]]:
     """Parameters by the reductions they need; groups in an order that does not depend on the rank."""
-    grouped: dict[_GroupKey, list[ParameterInfo]] = {}
+    grouped: dict[GroupKey, list[ParameterInfo]] = {}
     for info in parameters:
-        key = _GroupKey(info.expert, info.decay, info.sum_over_tensor, info.tied)
+        key = GroupKey(info.expert, info.decay, info.sum_over_tensor, info.tied)
         grouped.setdefault(key, []).append(info)
     return dict(sorted(grouped.items(), key=lambda item: (item[0].expert, item[0].tied, item[0].sum_over_tensor, item[0].decay)))
 
 
-def _param_group(key: _GroupKey, parameters: list[ParameterInfo], config: OptimizerConfig) -> dict[str, Any]:
+def adam_group(key: GroupKey, parameters: list[ParameterInfo], config: OptimizerConfig) -> dict[str, Any]:
     group: dict[str, Any] = {
         "params": [info.parameter for info in parameters],
         "weight_decay": config.weight_decay if key.decay else 0.0,
@@ -348,7 +326,40 @@ def _param_group(key: _GroupKey, parameters: list[ParameterInfo], config: Optimi
     return group
 
 
-def _init_deepspeed_comm() -> None:
+def create_adam_state(optimizer: torch.optim.Optimizer, flats: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
+    """Create the moments now rather than at the first step, so that a checkpoint can be loaded into them."""
+    flats = list(flats)
+    for _, flat in flats:
+        optimizer.state[flat]["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
+        optimizer.state[flat]["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
+    set_step_count(optimizer, flats, 0)
+
+
+def set_step_count(
+    optimizer: torch.optim.Optimizer, flats: Iterable[tuple[dict[str, Any], Tensor]], steps: int
+) -> None:
+    """Adam's bias correction counts steps per parameter group; each implementation keeps the count elsewhere."""
+    for group, flat in flats:
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[flat]["step"] = torch.tensor(float(steps), device=flat.device)
+        else:
+            optimizer.state[flat]["step"] = steps
+            group["step"] = steps
+
+
+def sum_gradients(gradients: list[Tensor], group: dist.ProcessGroup, divide_by: int = 1) -> None:
+    """Add the gradients up over a group, in place and in one message. Collective over the group."""
+    flat = torch.cat([g.reshape(-1) for g in gradients]) if gradients else torch.empty(0)
+    dist.all_reduce(flat, group=group)
+    if divide_by > 1:
+        flat /= divide_by
+    start = 0
+    for g in gradients:
+        g.copy_(flat[start : start + g.numel()].view_as(g))
+        start += g.numel()
+
+
+def init_deepspeed_comm() -> None:
     """Let DeepSpeed use the process group that is there, quietly and without compiling anything."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed would JIT-compile its shared-memory communication op, and a build that was once killed leaves a lock

@@ -95,7 +95,11 @@ def join_processes(machine: Machine, config: RuntimeConfig) -> None:
         )
     else:
         dist.init_process_group(
-            machine.backend, store=dist.HashStore(), rank=processes.rank, world_size=1, timeout=timeout
+            machine.backend,
+            store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+            rank=processes.rank,
+            world_size=1,
+            timeout=timeout,
         )
 
 

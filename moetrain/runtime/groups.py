@@ -66,19 +66,18 @@ def create_groups(layout: ParallelLayout, seed: int) -> ParallelGroups:
     coordinates = layout.coordinates(rank)
     ends = coordinates.pipeline in (0, layout.pipeline - 1)
     alone = dist.new_group([rank], use_local_synchronization=True)
-    assert alone is not None and dist.group.WORLD is not None
     groups = ParallelGroups(
         layout=layout,
         coordinates=coordinates,
-        world=dist.group.WORLD,
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
-        expert=parallel_state.get_expert_model_parallel_group(),
-        expert_data=parallel_state.get_expert_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
-        embedding=parallel_state.get_embedding_group() if ends else None,
-        alone=alone,
+        world=_live(dist.group.WORLD),
+        tensor=_live(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_live(parallel_state.get_pipeline_model_parallel_group()),
+        data=_live(parallel_state.get_data_parallel_group()),
+        expert=_live(parallel_state.get_expert_model_parallel_group()),
+        expert_data=_live(parallel_state.get_expert_data_parallel_group()),
+        model=_live(parallel_state.get_model_parallel_group()),
+        embedding=_live(parallel_state.get_embedding_group()) if ends else None,
+        alone=_live(alone),
     )
     _check_agreement(groups)
     return groups
@@ -87,6 +86,12 @@ def create_groups(layout: ParallelLayout, seed: int) -> ParallelGroups:
 def destroy_groups() -> None:
     """Forget Megatron's groups, so that another layout can be built in this process (tests, evaluation)."""
     parallel_state.destroy_model_parallel()
+
+
+def _live(group: object) -> dist.ProcessGroup:
+    """A group that this rank is in: getters also know a number for "not a member", and None for "not built"."""
+    assert isinstance(group, dist.ProcessGroup), group
+    return group
 
 
 def _check_agreement(groups: ParallelGroups) -> None:

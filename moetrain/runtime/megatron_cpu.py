@@ -19,8 +19,9 @@ import torch
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange as_tensor empty empty_like full full_like ones ones_like rand randint randn tensor zeros zeros_like"
-).split()
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
 
 
 def _on_cpu(device: Any) -> Any:
@@ -109,7 +110,7 @@ def install() -> list[str]:
     torch._dynamo.config.disable = True  # pyright: ignore[reportPrivateImportUsage]
     import megatron.core.models.gpt.gpt_model
     import megatron.core.pipeline_parallel.p2p_communication
-    import megatron.core.pipeline_parallel.schedules
+    import megatron.core.pipeline_parallel.schedules  # noqa: F401 - loaded here so that it is patched below
     import megatron.core.tensor_parallel.random as megatron_random
 
     changed = []

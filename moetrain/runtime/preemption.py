@@ -32,7 +32,7 @@ def request_stop(run_dir: Path, reason: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     whole.write_text(reason + "\n", encoding="utf-8")
-    os.replace(whole, path)
+    whole.replace(path)
 
 
 class StopRequest:

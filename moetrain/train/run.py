@@ -14,8 +14,7 @@ from moetrain.config.loader import dump_yaml
 from moetrain.config.schema import RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.ops import extension_info
-from moetrain.optim.schedules import check_schedule
-from moetrain.runtime.environment import Decision, Machine, join_processes, prepare_machine
+from moetrain.runtime.environment import Decision, join_processes, prepare_machine
 from moetrain.runtime.groups import create_groups
 from moetrain.runtime.logs import configure_logs
 from moetrain.train.callbacks import standard_callbacks
@@ -37,7 +36,6 @@ def train(config: RunConfig) -> None:
     """
     machine = prepare_machine(config.runtime)
     layout = check_layout(config, machine.processes.world_size)
-    check_schedule(config.optimizer.schedule, config.optimizer.lr, config.training.train_iters)
     join_processes(machine, config.runtime)
     rank = machine.processes.rank
     data = open_data(config, rank)

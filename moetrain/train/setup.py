@@ -9,6 +9,7 @@ from moetrain.config.schema import RunConfig
 from moetrain.model.build import build_chunks
 from moetrain.model.parameters import describe_parameters, initialize
 from moetrain.optim.zero import ZeroOptimizer
+from moetrain.optim.zero3 import ZeroStage3Optimizer
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.train.step import TrainStep
 
@@ -20,7 +21,10 @@ def build_step(config: RunConfig, groups: ParallelGroups, device: torch.device) 
     chunks = build_chunks(config.model, config.parallel, groups, DTYPES[config.training.precision], device)
     parameters = describe_parameters(chunks, groups, config.parallel.sequence)
     initialize(chunks, parameters, config.model, config.training.seed)
-    optimizer = ZeroOptimizer(
-        parameters, groups, config.optimizer, deepspeed_config(config, groups.layout), device
-    )
-    return TrainStep(config, chunks, groups, optimizer)
+    settings = (parameters, groups, config.optimizer, deepspeed_config(config, groups.layout), device)
+    if config.zero.stage < 3:
+        return TrainStep(config, chunks, groups, ZeroOptimizer(*settings))
+    (model,) = chunks
+    tied = model.share_embeddings_and_output_weights
+    borrowed = [(model.output_layer, model.shared_embedding_or_output_weight())] if tied else []
+    return TrainStep(config, chunks, groups, ZeroStage3Optimizer(model, borrowed, *settings))

@@ -20,6 +20,7 @@ from moetrain.model.parameters import named_controllers
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.telemetry import RouterCounts, RouterTelemetry
 from moetrain.optim.zero import ZeroOptimizer
+from moetrain.optim.zero3 import ZeroStage3Optimizer
 from moetrain.runtime.groups import ParallelGroups
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ class TrainStep:
     """Forward, backward and update of one global batch."""
 
     def __init__(
-        self, config: RunConfig, chunks: Sequence[Decoder], groups: ParallelGroups, optimizer: ZeroOptimizer | None
+        self,
+        config: RunConfig,
+        chunks: Sequence[Decoder],
+        groups: ParallelGroups,
+        optimizer: ZeroOptimizer | ZeroStage3Optimizer | None,
     ) -> None:
         """Without an optimizer only `evaluate` works."""
         self.config, self.chunks, self.groups, self.optimizer = config, list(chunks), groups, optimizer

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from moetrain.config.layout import ParallelLayout
 from moetrain.config.schema import RunConfig
 from moetrain.data.loader import MicroBatch
+from moetrain.model.parameters import describe_parameters, named_controllers
 from moetrain.optim.zero import ZeroOptimizer
 from moetrain.runtime.groups import ParallelGroups, create_groups
-from moetrain.model.parameters import describe_parameters, named_controllers
 from moetrain.train.setup import build_step
 from moetrain.train.step import TrainStep
 
@@ -104,7 +104,12 @@ def tiny_config(layout: Layout, zero: int = 1, tied: bool = False, **changes: ob
         "data": {"tokenizer": {"path": "unused"}, "train": [{"path": "unused"}]},
         "optimizer": {"lr": 1e-3, "clip_grad": 0.5},
         "zero": {"stage": zero},
-        "training": {"train_iters": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1, "precision": "fp32"},
+        "training": {
+            "train_iters": STEPS,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": 1,
+            "precision": "fp32",
+        },
     }
     for path, value in changes.items():
         node = tree
@@ -130,7 +135,11 @@ def layout_of(config: RunConfig) -> ParallelLayout:
     """The config's layout over the processes that are there."""
     p = config.parallel
     return ParallelLayout(
-        dist.get_world_size(), tensor=p.tensor, pipeline=p.pipeline, expert=p.expert, virtual_pipeline=p.virtual_pipeline
+        dist.get_world_size(),
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        expert=p.expert,
+        virtual_pipeline=p.virtual_pipeline,
     )
 
 

@@ -22,7 +22,7 @@ def replace_file(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _legal(value: Any) -> Any:

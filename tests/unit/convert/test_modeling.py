@@ -256,8 +256,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(of_kind, weights, build
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_and_stays_near_fp32(model, weights, build, dtype):
-    tokens = some_tokens(2, 6)
+@pytest.mark.parametrize("kind", ["dense-tied", "top_k-hyper", "da_moe-hyper", "da_moe-row_entropy-paper"])
+def test_half_precision_runs_and_stays_near_fp32(of_kind, weights, build, kind, dtype):
+    model, tokens = of_kind(kind), some_tokens(2, 6)
     with torch.no_grad():
         exact = build(model, weights(model))(tokens).logits
         logits = build(model, weights(model)).to(dtype)(tokens).logits

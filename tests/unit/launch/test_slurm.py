@@ -265,7 +265,7 @@ def test_the_clusters_file_is_sourced_first_and_may_read_unset_variables(cluster
     assert (cluster.root / "seen").read_text() == "ib 4\n"
 
 
-# --- submission ---------------------------------------------------------------------------------------------------------
+# --- submission ------------------------------------------------------------------------------------------------------
 
 
 def with_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:

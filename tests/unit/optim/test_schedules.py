@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetrain.config.schema import ScheduleConfig
-from moetrain.errors import ConfigError
-from moetrain.optim.schedules import check_schedule, learning_rate
+from moetrain.optim.schedules import learning_rate
 
 PEAK = 3e-4
 DECAYING = ("wsd", "cosine", "linear")
@@ -28,9 +27,7 @@ def runs(draw: st.DrawFn, types: tuple[str, ...] = (*DECAYING, "constant")) -> t
             low, high = (1, iters - warmup) if kind == "wsd" else (warmup + 1, 2 * iters + 1)
             if low <= high:
                 settings["decay_iters"] = draw(st.integers(low, high))
-    schedule = ScheduleConfig(**settings)
-    check_schedule(schedule, PEAK, iters)
-    return schedule, iters
+    return ScheduleConfig(**settings), iters
 
 
 def curve(schedule: ScheduleConfig, iters: int) -> list[float]:
@@ -99,20 +96,3 @@ def test_linear_is_linear() -> None:
     assert [learning_rate(schedule, PEAK, 200, i) for i in (0, 10, 20, 40, 150)] == pytest.approx(
         [PEAK, 0.75 * PEAK, 0.5 * PEAK, 0.0, 0.0]
     )
-
-
-@pytest.mark.parametrize(
-    ("settings", "names"),
-    [
-        ({"warmup_iters": 101}, r"warmup_iters \(101\).*train_iters \(100\)"),
-        ({"min_lr": 1.0}, r"min_lr \(1\).*optimizer\.lr \(0\.0003\)"),
-        ({"type": "constant", "decay_iters": 5}, r"decay_iters \(5\).*constant"),
-        ({"type": "constant", "min_lr": 1e-5}, r"min_lr \(1e-05\).*constant"),
-        ({"type": "cosine", "warmup_iters": 10, "decay_iters": 10}, r"decay_iters \(10\).*warmup_iters \(10\)"),
-        ({"type": "linear", "warmup_iters": 10, "decay_iters": 9}, r"decay_iters \(9\).*warmup_iters \(10\)"),
-        ({"type": "wsd", "warmup_iters": 60, "decay_iters": 41}, r"60 \+ 41.*train_iters \(100\)"),
-    ],
-)
-def test_a_schedule_that_cannot_be_followed_is_refused_by_name(settings: dict, names: str) -> None:
-    with pytest.raises(ConfigError, match=names):
-        check_schedule(ScheduleConfig(**settings), PEAK, 100)

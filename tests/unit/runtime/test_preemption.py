@@ -65,7 +65,10 @@ def test_a_rank_that_does_not_poll_sees_signals_only(tmp_path: Path) -> None:
 
 
 def test_a_child_does_not_outlive_its_killed_parent() -> None:
-    child = "from moetrain.runtime.preemption import exit_with_parent as e; import time; e(); print('up', flush=True); time.sleep(60)"
+    child = (
+        "import time; from moetrain.runtime.preemption import exit_with_parent\n"
+        "exit_with_parent(); print('up', flush=True); time.sleep(60)"
+    )
     parent = (
         "import subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"

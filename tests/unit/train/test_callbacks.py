@@ -63,7 +63,7 @@ def test_only_rank_0_writes(view, report) -> None:
     assert stream.getvalue() == ""
 
 
-# --- metrics.jsonl ------------------------------------------------------------------------------------------------------
+# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 
 def test_each_logged_step_and_validation_is_a_row(view, report) -> None:
@@ -129,7 +129,7 @@ def test_numbers_that_json_lacks_are_written_legally(view, report) -> None:
     assert to_json({"a": [-math.inf, (1.5, math.nan)]}) == '{"a": ["-Infinity", [1.5, null]]}'
 
 
-# --- TensorBoard --------------------------------------------------------------------------------------------------------
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
 def events(run_dir: Path) -> EventAccumulator:
@@ -155,7 +155,7 @@ def test_a_resumed_run_hides_the_steps_after_its_checkpoint(view, report) -> Non
     assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(1, 4.0), (2, 2.0), (4, 9.0), (6, 9.0)]
 
 
-# --- summary.json, console, garbage ---------------------------------------------------------------------------------------
+# --- summary.json, console, garbage ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("until", "outcome"), [(6, "finished"), (4, "stopped")])
