@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 SOURCES := pyproject.toml $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt \))
 TORCH ?= torch==2.13.0
 
-.PHONY: setup test demo lint types imports docs check clean
+.PHONY: setup test demo parity-table lint format types imports docs check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -21,7 +21,11 @@ $(STAMP): $(SOURCES)
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q "$(TORCH)" numpy ninja cmake setuptools wheel packaging "scikit-build-core>=0.11,<2" psutil py-cpuinfo
 	# torch must be there first and seen by the builds: DeepSpeed's ops and ours compile against it.
-	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-build-isolation deepspeed==0.19.8
+	@echo "compiling DeepSpeed's CPU Adam (about two minutes, once)"
+	@# Compiled now, because nothing may compile when training starts; and for this processor, so not from a cache that
+	@# other machines share. Without it (no Python headers, say) torch's own fused AdamW is used.
+	DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 $(PY) -m pip install -q --no-cache-dir --no-build-isolation deepspeed==0.19.8 \
+	  || DS_BUILD_OPS=0 $(PY) -m pip install -q --no-build-isolation deepspeed==0.19.8
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $(STAMP)
 
@@ -31,9 +35,16 @@ test: setup
 demo: setup
 	$(PY) -m moetrain demo $(DEMO_ARGS)
 
+parity-table: setup
+	OMP_NUM_THREADS=1 MOETRAIN_WRITE_TABLES=1 $(PY) -m pytest -q tests/distributed/test_layout_parity.py
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 types: setup
 	$(VENV)/bin/pyright

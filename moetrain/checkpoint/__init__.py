@@ -3,6 +3,7 @@ and nothing of Megatron or DeepSpeed."""
 
 from moetrain.checkpoint.comm import Comm, SingleProcess, TorchDistributed
 from moetrain.checkpoint.compatibility import check_config
+from moetrain.checkpoint.folders import find_step_folder
 from moetrain.checkpoint.manager import CheckpointManager
 from moetrain.checkpoint.manifest import Manifest, ShardRecord, merge_records
 from moetrain.checkpoint.reader import CheckpointReader
@@ -23,6 +24,7 @@ __all__ = [
     "TorchDistributed",
     "check_config",
     "fill_from",
+    "find_step_folder",
     "flat_range_to_rects",
     "intersect",
     "merge_records",

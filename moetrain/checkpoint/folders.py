@@ -46,6 +46,34 @@ def step_folders(root: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def find_step_folder(path: Path) -> Path:
+    """The committed step folder that a user means: `path` itself, or what its `latest` or `checkpoints/latest` names.
+
+    CheckpointError when there is none, or when `latest` holds anything but the name of a folder beside it.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        if (root / LATEST).is_file():
+            return _named_by(root / LATEST)
+    raise CheckpointError(
+        f"{path} is no checkpoint: expected a step folder (with {MANIFEST_NAME}), a folder of step folders (with "
+        f"{LATEST}), or a run folder (with checkpoints/)"
+    )
+
+
+def _named_by(pointer: Path) -> Path:
+    # A pointer is short; a damaged or hostile one must neither fill memory nor lead out of its folder.
+    with pointer.open("rb") as file:
+        name = file.read(100).decode("ascii", "replace").strip()
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{pointer} holds {name!r}; must be the name of a step folder, such as step-00000010")
+    folder = pointer.parent / name
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{pointer} names {name}, which is not a complete checkpoint (it has no {MANIFEST_NAME})")
+    return folder
+
+
 @contextmanager
 def exclusive(root: Path) -> Iterator[bool]:
     """Hold the root's lock; CheckpointError when another live process does. The kernel drops it when we die.

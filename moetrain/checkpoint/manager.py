@@ -92,13 +92,17 @@ class CheckpointManager:
         return None if found is None else self.root / found
 
     def open(self, path: Path | str | None = None) -> CheckpointReader | None:
-        """Open the checkpoint folder `path`, or (None) the newest sound one; None when there is none at all.
+        """Open the checkpoint that `path` means (see `find_step_folder`), or (None) the newest sound one under the
+        root; None when there is none at all under the root.
 
-        Every file's sha256 is checked, each by one rank. A damaged `path` is a CheckpointError; without `path` damaged
-        ones are passed over as in `latest`. All ranks are certain to look at the same checkpoint.
+        Every file's sha256 is checked, each by one rank. A damaged one that `path` means is a CheckpointError; without
+        `path` damaged ones are passed over as in `latest`. All ranks are certain to look at the same checkpoint.
         """
         if path is not None:
-            return self._open_verified(Path(path))
+            folder = Path(path)
+            with together(self.comm, f"open {path}"):
+                folder = folders.find_step_folder(folder)
+            return self._open_verified(folder)
         names: list[str] = []
         with together(self.comm, f"look for checkpoints in {self.root}"):
             if self._leads:

@@ -39,9 +39,8 @@ def to_hf(
     ] = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder. Needs no GPU and no process group."""
-    from moetrain.checkpoint import CheckpointReader
+    from moetrain.checkpoint import CheckpointReader, find_step_folder
     from moetrain.convert.hf import export_hf
-    from moetrain.convert.locate import find_step_folder
     from moetrain.convert.verify import LogitsReport, verify_export
 
     proof: list[LogitsReport] = []

@@ -12,7 +12,6 @@ from moetrain.config.layout import check_layout
 from moetrain.config.loader import config_to_dict, load_config
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError
-from moetrain.optim.schedules import check_schedule
 
 # Splits the weights, the experts' replicas and the optimizer state in other ways than configs/demo.yaml does.
 SECOND_LAYOUT = (
@@ -114,7 +113,6 @@ def make_plan(
     first, second = load_config([source], words), load_config([source], [*words, *SECOND_LAYOUT])
     for config in (first, second):
         check_layout(config, processes)
-        check_schedule(config.optimizer.schedule, config.optimizer.lr, config.training.train_iters)
     if not first.training.eval_iters:
         raise ConfigError("training.eval_iters (0) must be at least 1: the demo compares the held-out loss")
     return Plan(files, processes, corpus_bytes, first, second, kill_step(first))

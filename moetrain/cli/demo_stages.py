@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def _become_worker() -> None:
     from moetrain.runtime.logs import quiet_imports
 
     exit_with_parent()
+    os.environ["OMP_NUM_THREADS"] = "1"  # its matrices are small: more threads mostly wait for one another
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a second traceback
     quiet_imports()
 
@@ -209,9 +211,8 @@ def _training_figures(files: Files, first_step: int) -> dict[str, Any]:
 
 def export(files: Files) -> dict[str, Any]:
     """The newest checkpoint as a Hugging Face folder."""
-    from moetrain.checkpoint import CheckpointReader
+    from moetrain.checkpoint import CheckpointReader, find_step_folder
     from moetrain.convert.hf import export_hf
-    from moetrain.convert.locate import find_step_folder
 
     with CheckpointReader(find_step_folder(files.run)) as reader:
         report = export_hf(reader, files.hf, announce=typer.echo)
@@ -220,8 +221,7 @@ def export(files: Files) -> dict[str, Any]:
 
 def compare_logits(files: Files) -> dict[str, Any]:
     """The largest difference between the training model's logits and those of transformers."""
-    from moetrain.checkpoint import CheckpointReader
-    from moetrain.convert.locate import find_step_folder
+    from moetrain.checkpoint import CheckpointReader, find_step_folder
     from moetrain.convert.verify import verify_export
 
     with CheckpointReader(find_step_folder(files.run)) as reader:

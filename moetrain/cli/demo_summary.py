@@ -63,22 +63,13 @@ def _learned(plan: Plan, results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     steps, evaluations = metric_rows(plan.files.run, "train"), metric_rows(plan.files.run, "eval")
     first, last = steps[0], steps[-1]
     loss, entropy = evaluations[-1]["eval/loss"], evaluations[-1]["eval/unigram_entropy"]
-    course = [f"{row['eval/loss']:.3f} at step {row['iteration']}" for row in evaluations]
-    yield (
-        "training loss",
-        (
-            f"{first['train/loss']:.3f} at step {first['iteration']}, {last['train/loss']:.3f} at step {last['iteration']} "
-            f"({last['train/consumed_tokens']:,} tokens)"
-        ),
-    )
-    yield "held-out loss", f"{loss:.3f} nats per token ({', '.join(course)})"
-    yield (
-        "unigram entropy",
-        (
-            f"{entropy:.3f} nats per token of the same held-out text: the loss is {abs(entropy - loss):.3f} "
-            f"{'below' if loss < entropy else 'ABOVE'} it"
-        ),
-    )
+    course = ", ".join(f"{row['eval/loss']:.3f} at step {row['iteration']}" for row in evaluations)
+    gap = f"{abs(entropy - loss):.3f} {'below' if loss < entropy else 'ABOVE'} it"
+    yield "loss at first", f"{first['train/loss']:.3f} nats per token at step {first['iteration']}"
+    yield "loss at last", f"{last['train/loss']:.3f} at step {last['iteration']}"
+    yield "tokens seen", f"{last['train/consumed_tokens']:,}"
+    yield "held-out loss", f"{loss:.3f} ({course})"
+    yield "unigram entropy", f"{entropy:.3f} of the same held-out text; the held-out loss is {gap}"
     yield "experts per token", f"{last['train/mean_k']:.2f} on average" if "train/mean_k" in last else "none"
     yield "busiest expert", f"{results['resume']['max_over_mean_load']:.2f} x the mean load, in the worst layer"
 
@@ -89,13 +80,8 @@ def _happened(plan: Plan, results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "killed", f"{train['killed_processes']} processes by SIGKILL after step {train['killed_at']}"
     yield "resumed", f"from the sharded checkpoint of step {resumed['resumed_at']}"
     yield "second layout", f"{plan.describe_layout(plan.second)}, {resumed['tokens_per_second']:,.0f} tokens/s"
-    yield (
-        "transformers",
-        (
-            f"{results['export']['parameters']:,} parameters; largest difference of a logit {logits['max_abs']:.2g} "
-            f"at {logits['positions']} positions (at most {LOGITS_TOLERANCE:g})"
-        ),
-    )
+    accuracy = f"{logits['max_abs']:.2g} at {logits['positions']} positions (allowed: {LOGITS_TOLERANCE:g})"
+    yield "transformers", f"largest difference of a logit {accuracy}"
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, str]]:

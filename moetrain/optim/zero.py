@@ -348,8 +348,11 @@ def set_step_count(
 
 
 def sum_gradients(gradients: list[Tensor], group: dist.ProcessGroup, divide_by: int = 1) -> None:
-    """Add the gradients up over a group, in place and in one message. Collective over the group."""
-    flat = torch.cat([g.reshape(-1) for g in gradients]) if gradients else torch.empty(0)
+    """Add the gradients up over a group, in place and in one message. Collective over the group, whose ranks hold
+    partitions of equal content: with nothing here there is nothing anywhere."""
+    if not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat, group=group)
     if divide_by > 1:
         flat /= divide_by

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from moetrain.checkpoint.comm import TorchDistributed
 from moetrain.checkpoint.manager import CheckpointManager
 from moetrain.config.layout import ParallelLayout, check_layout
-from moetrain.config.loader import dump_yaml
 from moetrain.config.schema import RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.ops import extension_info
@@ -41,8 +40,6 @@ def train(config: RunConfig) -> None:
     data = open_data(config, rank)
     run_dir = Path(config.run.dir)
     log = configure_logs(run_dir, rank)
-    if rank == 0:
-        (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     groups = create_groups(layout, config.training.seed)
     step = build_step(config, groups, machine.device)
     dtype = DTYPES[config.training.precision]

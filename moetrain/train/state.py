@@ -7,6 +7,7 @@ fragments that ZeRO gave it, so nothing is gathered, and reads the fragments tha
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import safetensors.torch
@@ -24,22 +25,21 @@ from moetrain.train.step import TrainStep
 _WEIGHT, _EXP_AVG, _EXP_AVG_SQ, _CONTROLLER = "weight.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.", "controller."
 
 
-def collect_pieces(step: TrainStep) -> list[Piece]:
+def collect_pieces(step: TrainStep) -> Iterator[Piece]:
     """This rank's share of the checkpoint: views of live memory, so write them before the next step."""
     assert step.optimizer is not None
-    pieces: list[Piece] = []
     for fragment in step.optimizer.fragments():
         if not step.optimizer.stores(fragment.info):
             continue
         shard = ParameterShard.of(fragment.info)
-        pieces += pieces_of(shard, _WEIGHT, fragment.master, fragment.start)
-        pieces += pieces_of(shard, _EXP_AVG, fragment.exp_avg, fragment.start)
-        pieces += pieces_of(shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start)
+        yield from pieces_of(shard, _WEIGHT, fragment.master, fragment.start)
+        yield from pieces_of(shard, _EXP_AVG, fragment.exp_avg, fragment.start)
+        yield from pieces_of(shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start)
     at = step.groups.coordinates
     if at.tensor == 0 and at.data == 0:
-        pieces += [Piece.whole(_CONTROLLER + name, c.log_alpha) for name, c in named_controllers(step.chunks)]
-    pieces.append(rng_piece(dist.get_rank(), _rng_state()))
-    return pieces
+        for name, controller in named_controllers(step.chunks):
+            yield Piece.whole(_CONTROLLER + name, controller.log_alpha)
+    yield rng_piece(dist.get_rank(), _rng_state())
 
 
 def restore(step: TrainStep, reader: CheckpointReader, layout: dict[str, Any], log: logging.Logger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetrain.train.callback import Callback
+from moetrain.train.callbacks.config import ConfigCallback
 from moetrain.train.callbacks.console import ConsoleCallback
 from moetrain.train.callbacks.garbage import GarbageCallback
 from moetrain.train.callbacks.jsonl import JsonlCallback
@@ -10,6 +11,7 @@ from moetrain.train.callbacks.summary import SummaryCallback
 from moetrain.train.callbacks.tensorboard import TensorBoardCallback
 
 __all__ = [
+    "ConfigCallback",
     "ConsoleCallback",
     "GarbageCallback",
     "JsonlCallback",
@@ -20,5 +22,12 @@ __all__ = [
 
 
 def standard_callbacks() -> list[Callback]:
-    """Console, metrics.jsonl, TensorBoard, summary.json, and the garbage collector's."""
-    return [ConsoleCallback(), JsonlCallback(), TensorBoardCallback(), SummaryCallback(), GarbageCallback()]
+    """config.yaml, console, metrics.jsonl, TensorBoard, summary.json, and the garbage collector's."""
+    return [
+        ConfigCallback(),
+        ConsoleCallback(),
+        JsonlCallback(),
+        TensorBoardCallback(),
+        SummaryCallback(),
+        GarbageCallback(),
+    ]

@@ -126,7 +126,7 @@ def test_an_asked_for_folder_is_opened_or_refused_never_replaced(manager, save_s
     first, second = save_step(1), save_step(2)
     assert manager.open(first).step == 1
     (second / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"step-00000002.*manifest.json: missing"):
+    with pytest.raises(CheckpointError, match=r"step-00000002 is no checkpoint: .*manifest.json"):
         manager.open(second)
 
 

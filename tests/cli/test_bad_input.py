@@ -1,0 +1,254 @@
+"""What a user can get wrong, through the real command line: one clear error, exit code 2, and nothing touched."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetrain.testing import run_cli
+
+TRAIN = ("train", "run.yaml")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file ("" for a folder), but for the logs and the index cache, which only ever grow."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+        if not {"logs", "data-cache"} & set(path.parts)
+    }
+
+
+def refusal(folder: Path, *words: str) -> str:
+    """The error of a command that is refused as it should be."""
+    before = contents(folder)
+    result = run_cli(words, folder)
+    assert result.code == 2, result
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert contents(folder) == before
+    return result.stderr.partition("error: ")[2]
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hiden_size=64", ["model.hiden_size: unknown setting; did you mean model.hidden_size?"]),
+        ("training.train_iters=many", ['training.train_iters: "many" must be a valid integer']),
+        ("data.split='inf,1,1'", ['data.split: "inf,1,1" must be three non-negative numbers', "all finite"]),
+        ("parallel.expert=3", ["parallel.expert (3) must divide model.moe.num_experts (4); legal: 1, 2, 4"]),
+        ("zero.stage=3", ["zero.stage (3) is refused by DeepSpeed for models with experts", "legal: 0, 1, 2"]),
+        (
+            "model.moe.router={type: da_moe, importance: col_max}",
+            [
+                "moe.router.importance (col_max) looks at later tokens, so in a causal model the routing of a token "
+                "would leak its future; legal here: self_weight, row_max, row_entropy",
+            ],
+        ),
+        (
+            "deepspeed={zero_optimization: {stage: 2}}",
+            ["deepspeed.zero_optimization.stage: 2 contradicts zero.stage; set that instead"],
+        ),
+        (
+            "optimizer.schedule={type: constant, decay_iters: 1}",
+            ["decay_iters (1) means nothing with type constant", "wsd, cosine or linear"],
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_its_rule_and_its_place(
+    folder: Path, override: str, words: list[str]
+) -> None:
+    text = refusal(folder, *TRAIN, override)
+    assert text.startswith("1 problem in the configuration:\n")
+    for each in words:
+        assert each in text
+    assert f"override {override!r}" in text
+
+
+def test_a_wrong_setting_in_a_file_is_named_with_file_and_line(folder: Path) -> None:
+    (folder / "more.yaml").write_text("training:\n  global_batch_size: 0\n")
+    assert "training.global_batch_size: 0 must be greater" in (text := refusal(folder, *TRAIN, "more.yaml"))
+    assert "[more.yaml:2:3]" in text or "[more.yaml:2:22]" in text
+
+
+def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "zero.stag=1", "optimizer.lr=-1", "training.train_iters=0")
+    assert text.startswith("3 problems in the configuration:\n")
+    assert len(text.strip().splitlines()) == 4
+    for setting in ("zero.stag:", "optimizer.lr:", "training.train_iters:"):
+        assert f"\n  {setting}" in text
+
+
+def test_zero_3_on_a_pipeline_is_refused_with_the_reason(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "model.moe=null", "zero.stage=3", "parallel.pipeline=2")
+    assert "zero.stage (3) with parallel.pipeline (2) hangs in DeepSpeed" in text and "legal: 0, 1, 2" in text
+
+
+@pytest.mark.parametrize("words", [("config", "check", "run.yaml", "-n", "3"), TRAIN])
+def test_sizes_that_do_not_fit_the_processes_are_refused_with_the_nearest_that_do(
+    folder: Path, words: tuple[str, ...]
+) -> None:
+    text = refusal(folder, *words, "parallel.tensor=2", "training.global_batch_size=6")
+    world = 3 if "-n" in words else 1
+    assert f"parallel.tensor x parallel.pipeline (2 x 1 = 2) must divide the world size ({world})" in text
+    assert "nearest that fit: parallel.tensor=1 parallel.pipeline=1 parallel.expert=1" in text
+
+
+def test_cuda_on_a_machine_without_it_is_refused(folder: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    text = refusal(folder, *TRAIN, "runtime.device=cuda")
+    assert "runtime.device is cuda, but torch" in text and "legal here: auto, cpu" in text
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    """Half a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "small.bin").unlink(), "corpus small: small.bin is missing"),
+        (lambda folder: (folder / "small.idx").unlink(), "corpus small: small.idx is missing"),
+        (lambda folder: truncate(folder / "small.bin"), "truncated, or not from the same run"),
+        (lambda folder: truncate(folder / "small.idx"), "corpus small: small.idx is truncated"),
+        (lambda folder: truncate(folder / "small.model"), "tokenizer small.model: not a sentencepiece model"),
+        (lambda folder: (folder / "small.model").unlink(), "tokenizer small.model: no such file"),
+    ],
+    ids=["no-bin", "no-idx", "half-bin", "half-idx", "half-tokenizer", "no-tokenizer"],
+)
+def test_a_damaged_corpus_is_refused_before_anything_is_written(
+    folder: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    shutil.rmtree(folder / "run")
+    damage(folder)
+    assert words in refusal(folder, *TRAIN)
+    assert not (folder / "run").exists()
+
+
+def test_a_tokenizer_that_did_not_make_the_corpus_is_refused(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "data.tokenizer.path=other.model")
+    assert "corpus small: was made with tokenizer" in text
+    assert "(vocabulary 360)" in text and "(vocabulary 370)" in text
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "model.vocab_size=256")
+    assert "model.vocab_size (256) must be at least data.tokenizer's vocabulary (360)" in text
+
+
+def test_a_corpus_too_small_for_one_sequence_is_refused(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "model.seq_length=1000000")
+    assert "corpus small" in text and "1000000" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "taken"),
+    [
+        ("data prepare text.jsonl --output small --tokenizer other.model --quiet", "small.bin"),
+        ("data tokenizer text.jsonl --output small --vocab-size 350", "small.model"),
+        ("data corpus text.jsonl --max-bytes 1000 --quiet", "text.jsonl"),
+    ],
+)
+def test_existing_data_is_never_overwritten(folder: Path, command: str, taken: str) -> None:
+    text = refusal(folder, *command.split())
+    assert "refusing to overwrite" in text and taken in text
+
+
+def test_ranks_that_refuse_together_give_one_error_and_no_torchrun_report(folder: Path) -> None:
+    truncate(folder / "small.bin")
+    text = refusal(folder, "launch", "local", "-n", "2", "run.yaml")
+    assert "truncated, or not from the same run" in text
+    assert len(text.strip().splitlines()) == 1
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def shard_of(folder: Path, step: int) -> Path:
+    """The only shard of a step's checkpoint."""
+    (shard,) = (folder / "run" / "checkpoints" / f"step-{step:08d}").glob("shard-*.safetensors")
+    return shard
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(Path.unlink, "missing; the manifest says"), (truncate, "bytes; the manifest says"), (flip, "damaged: sha256 is")],
+    ids=["no-shard", "half-shard", "flipped-bit"],
+)
+
+
+@DAMAGES
+def test_a_damaged_only_checkpoint_is_refused(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
+    shutil.rmtree(shard_of(folder, 1).parent)
+    damage(shard_of(folder, 2))
+    text = refusal(folder, *TRAIN, "training.train_iters=3")
+    assert "no usable checkpoint" in text and reason in text and "step-00000002" in text
+
+
+@DAMAGES
+def test_a_damaged_newest_checkpoint_is_passed_over_for_a_sound_one(
+    folder: Path, damage: Callable[[Path], object], reason: str
+) -> None:
+    damage(shard_of(folder, 2))
+    result = run_cli([*TRAIN, "training.train_iters=3"], folder)
+    assert result.code == 0, result
+    assert "passed over a damaged checkpoint, using step-00000001 instead" in result.stderr
+    assert reason in result.stderr
+    assert (folder / "run" / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def test_a_model_that_contradicts_the_checkpoint_is_refused(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "model.hidden_size=64", "training.train_iters=3")
+    assert "the checkpoint belongs to another model" in text
+    assert "model.hidden_size: 32 in the checkpoint, 64 in this run" in text
+    assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["model"]["hidden_size"] == 32
+
+
+def test_a_tokenizer_that_contradicts_the_checkpoint_is_refused(folder: Path) -> None:
+    changes = ("data.tokenizer.path=other.model", "data.train=[{path: other}]", "training.train_iters=3")
+    text = refusal(folder, *TRAIN, *changes)
+    assert "the checkpoint belongs to another model" in text and "tokenizer fingerprint" in text
+
+
+@pytest.mark.parametrize("path", ["nowhere", "empty"])
+def test_loading_from_where_no_checkpoint_is_is_refused(folder: Path, path: str) -> None:
+    (folder / "empty" / "checkpoints").mkdir(parents=True)
+    text = refusal(folder, *TRAIN, "run.dir=new", f"checkpoint.load={path}")
+    assert f"{path} is no checkpoint: expected a step folder" in text and "a run folder" in text
+
+
+@pytest.mark.parametrize("path", ["run", "run/checkpoints", "run/checkpoints/step-00000002"])
+def test_a_run_may_start_from_another_runs_folder(folder: Path, path: str) -> None:
+    result = run_cli([*TRAIN, "run.dir=new", f"checkpoint.load={path}", "training.train_iters=3"], folder)
+    assert result.code == 0, result
+    assert "resumed from run/checkpoints/step-00000002" in result.stderr
+    assert (folder / "new" / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+@pytest.mark.parametrize(("source", "words"), [("run", "out"), ("nowhere", "nowhere is no checkpoint")])
+def test_an_export_neither_overwrites_nor_invents(folder: Path, source: str, words: str) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "mine.txt").write_text("precious")
+    assert words in refusal(folder, "convert", "to-hf", source, "out")

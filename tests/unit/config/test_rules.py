@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moetrain.config.loader import config_from_dict
+from moetrain.errors import ConfigError
+
+
+def complaint(tree: dict[str, Any], changes: dict[str, Any]) -> str:
+    """What is wrong with `tree` when the settings at these paths are changed."""
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        section = tree
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[name] = value
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(tree, "test")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"warmup_iters": 11}, "warmup_iters (11) must not exceed training.train_iters (10)"),
+        ({"min_lr": 1.0}, "min_lr (1) must not exceed optimizer.lr (0.0003)"),
+        ({"type": "constant", "decay_iters": 5}, "decay_iters (5) means nothing with type constant"),
+        ({"type": "constant", "min_lr": 1e-5}, "min_lr (1e-05) means nothing with type constant"),
+        ({"type": "cosine", "warmup_iters": 4, "decay_iters": 4}, "decay_iters (4) is the iteration where cosine"),
+        ({"type": "linear", "warmup_iters": 4, "decay_iters": 3}, "it must exceed warmup_iters (4)"),
+        ({"type": "wsd", "warmup_iters": 6, "decay_iters": 5}, "(6 + 5) must not exceed training.train_iters (10)"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused_by_name(tree: dict[str, Any], schedule, words: str) -> None:
+    text = complaint(tree, {"optimizer.schedule": schedule})
+    assert text.startswith("1 problem") and words in text
+
+
+@pytest.mark.parametrize("split", ["inf,1,1", "nan,1,1", "1,nan,0", "98,-1,3", "0,1,1", "1,2", "a,b,c"])
+def test_a_split_that_is_no_three_shares_is_refused(tree: dict[str, Any], split: str) -> None:
+    assert f'data.split: "{split}" must be three non-negative numbers' in complaint(tree, {"data.split": split})
+
+
+def test_every_broken_rule_between_sections_has_a_line_of_its_own(tree: dict[str, Any]) -> None:
+    text = complaint(tree, {"parallel.expert": 3, "zero.stage": 3, "training.micro_batch_size": 3})
+    assert len(text.splitlines()) == 4
+    assert text.startswith("3 problems in the configuration:\n")
+    for line, setting in zip(
+        text.splitlines()[1:], ("parallel.expert (3)", "zero.stage (3)", "training.micro_batch_size (3)"), strict=True
+    ):
+        assert line.startswith(f"  {setting}")
