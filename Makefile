@@ -52,7 +52,10 @@ types: setup
 imports: setup
 	PYTHONPATH=. $(VENV)/bin/lint-imports
 
-check: lint types imports
+docs: setup
+	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build
+
+check: lint types imports docs
 
 clean:
 	rm -rf $(VENV) build dist runs

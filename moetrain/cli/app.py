@@ -27,7 +27,7 @@ VERBS = {
     "data": Verb("moetrain.cli.data", "Train tokenizers and turn text into indexed datasets."),
     "train": Verb("moetrain.cli.train", "Train: one rank of a run; started by torchrun or `moetrain launch`."),
     "launch": Verb("moetrain.cli.launch", "Start the ranks of a run: on this machine or through Slurm."),
-    "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face, and import them."),
+    "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face."),
     "demo": Verb("moetrain.cli.demo", "From text to an exported model on this machine, in minutes."),
     "doctor": Verb("moetrain.cli.doctor", "What is installed, what is missing, and what each piece changes."),
 }

@@ -68,6 +68,10 @@ class Files:
         return self.root / "run"
 
     @property
+    def metrics(self) -> Path:
+        return self.run / "metrics.jsonl"
+
+    @property
     def latest(self) -> Path:
         """Names the newest committed checkpoint."""
         return self.run / "checkpoints" / "latest"
@@ -100,7 +104,7 @@ class Plan:
 
     def describe_layout(self, config: RunConfig) -> str:
         """`4 ranks = tensor 2 x ...; ZeRO-2`."""
-        sequence = " with sequence parallelism" if config.parallel.sequence else ""
+        sequence = "; sequence parallelism" if config.parallel.sequence else ""
         return f"{check_layout(config, self.processes).describe()}{sequence}; ZeRO-{config.zero.stage}"
 
 

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
 import psutil
@@ -103,22 +103,18 @@ def encode(files: Files) -> dict[str, Any]:
 
 
 def train_and_kill(files: Files, processes: int, kill_at: int) -> dict[str, Any]:
-    """Train until step `kill_at` stands in metrics.jsonl, then SIGKILL every process of the launch at once."""
+    """Train until step `kill_at`, or a later one past a checkpoint, is logged; then SIGKILL every process of the launch."""
+    started = time.time()
     launched = _launch(files, processes, [])
-    while (reached := _last_step(files)) < kill_at:
-        _wait(launched, _POLL_SECONDS)
-        if launched.returncode is not None and _last_step(files) < kill_at:
+    while (reached := _logged_step(files, started)) < kill_at or reached <= _saved_step(files):
+        if launched.returncode is not None:
             _refuse_failure(launched.returncode)
-            raise MoetrainError(f"the run ended by itself after step {_last_step(files)}; call again to go on")
-    killed = _kill_tree(launched)
-    checkpoint = int(files.latest.read_text(encoding="ascii").strip().removeprefix("step-"))
+            raise MoetrainError(f"the run ended by itself after step {reached}: call again to go on, or with --fresh")
+        _wait(launched, _POLL_SECONDS)
+    killed, checkpoint = _kill_tree(launched), _saved_step(files)
     typer.echo(f"killed {killed} processes after step {reached}; the newest checkpoint is of step {checkpoint}")
-    return {
-        "killed_at": reached,
-        "killed_processes": killed,
-        "checkpoint": checkpoint,
-        **_training_figures(files, first_step=1),
-    }
+    figures = _training_figures(files, first_step=1)
+    return {"killed_at": reached, "killed_processes": killed, "checkpoint": checkpoint, **figures}
 
 
 def resume(files: Files, processes: int, layout: Sequence[str], not_before: int) -> dict[str, Any]:
@@ -179,22 +175,28 @@ def _kill_tree(launched: subprocess.Popen[bytes]) -> int:
     return len(tree)
 
 
-def _last_step(files: Files) -> int:
-    steps = metric_rows(files.run, "train")
-    return steps[-1]["iteration"] if steps else 0
+def _logged_step(files: Files, since: float) -> int:
+    """The last step in metrics.jsonl; 0 while the file is an earlier process's, from before the time `since`."""
+    steps = metric_rows(files, "train")
+    return steps[-1]["iteration"] if steps and files.metrics.stat().st_mtime >= since else 0
 
 
-def metric_rows(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl of one kind ("train" or "eval"), without a last one that is being written."""
-    path = run_dir / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+def _saved_step(files: Files) -> int:
+    """The step of the newest committed checkpoint; 0 without one."""
+    name = files.latest.read_text(encoding="ascii") if files.latest.is_file() else "step-0"
+    return int(name.strip().removeprefix("step-"))
+
+
+def metric_rows(files: Files, kind: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of one kind ("train" or "eval"), without a last one that is being written."""
+    text = files.metrics.read_text(encoding="utf-8") if files.metrics.is_file() else ""
     rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [row for row in rows if row["kind"] == kind]
 
 
 def _training_figures(files: Files, first_step: int) -> dict[str, Any]:
     """Pace and balance of the steps from `first_step` on."""
-    rows = [row for row in metric_rows(files.run, "train") if row["iteration"] >= first_step]
+    rows = [row for row in metric_rows(files, "train") if row["iteration"] >= first_step]
     loads = [value for name, value in rows[-1].items() if name.endswith("/max_over_mean")]
     seconds = math.fsum(row["train/step_seconds"] for row in rows[1:] or rows)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ LOGITS_TOLERANCE = 1e-4
 def problems(folder: DemoFolder, plan: Plan, quality_gate: bool) -> list[str]:
     """One sentence for each claim of the demo that did not come true."""
     found = []
-    evaluation = metric_rows(plan.files.run, "eval")[-1]
+    evaluation = metric_rows(plan.files, "eval")[-1]
     loss, entropy = evaluation["eval/loss"], evaluation["eval/unigram_entropy"]
     if quality_gate and not loss < entropy:
         found.append(
@@ -60,7 +61,7 @@ def _table(rows: Iterator[tuple[str, str]]) -> list[str]:
 
 
 def _learned(plan: Plan, results: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    steps, evaluations = metric_rows(plan.files.run, "train"), metric_rows(plan.files.run, "eval")
+    steps, evaluations = metric_rows(plan.files, "train"), metric_rows(plan.files, "eval")
     first, last = steps[0], steps[-1]
     loss, entropy = evaluations[-1]["eval/loss"], evaluations[-1]["eval/unigram_entropy"]
     course = ", ".join(f"{row['eval/loss']:.3f} at step {row['iteration']}" for row in evaluations)
@@ -96,9 +97,10 @@ def _places(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _next_commands(plan: Plan) -> Iterator[str]:
-    files, iters = plan.files, plan.first.training.train_iters
-    yield f"tensorboard --logdir {files.run / 'tensorboard'}"
-    yield f"moetrain config check {files.config} {' '.join(SECOND_LAYOUT)} -n {plan.processes}"
-    yield f"moetrain data inspect {files.valid} --tokenizer {files.tokenizer}"
-    yield f"moetrain launch local -n 2 {files.config} parallel.pipeline=1 training.train_iters={2 * iters}"
-    yield f"moetrain convert to-hf {files.run} {files.hf}-bf16 --dtype bfloat16 --verify"
+    files = plan.files
+    double = f"training.train_iters={2 * plan.first.training.train_iters}"
+    yield shlex.join(["tensorboard", "--logdir", str(files.run / "tensorboard")])
+    yield shlex.join(["moetrain", "config", "check", str(files.config), *SECOND_LAYOUT, "-n", str(plan.processes)])
+    yield shlex.join(["moetrain", "data", "inspect", str(files.valid), "--tokenizer", str(files.tokenizer)])
+    yield shlex.join(["moetrain", "launch", "local", "-n", "2", str(files.config), "parallel.pipeline=1", double])
+    yield shlex.join(["moetrain", "convert", "to-hf", str(files.run), f"{files.hf}-bf16", "--dtype", "bfloat16"])

@@ -104,21 +104,21 @@ class HyperConfig(Section):
         description="over the embeddings of unselected experts; the official code sums, at a fixed K the same",
     )
     form: Literal["auto", "grouped", "factorized"] = Field(
-        default="auto", description="how the generated expert is evaluated; auto picks the cheaper one for each batch"
+        default="auto", description="how the generated expert is evaluated; auto picks the cheaper one for the number of expert sets that can occur"
     )
 
 
 class MoEConfig(Section):
     """The mixture-of-experts blocks that stand in the MLP slot of some layers."""
 
-    num_experts: PositiveInt
+    num_experts: PositiveInt = Field(description="experts of each MoE layer, over all ranks")
     ffn_hidden_size: PositiveInt = Field(description="hidden units of one expert (each of SwiGLU's gate and up)")
     layer_freq: PositiveInt | list[Literal[0, 1]] = Field(
         default=1,
         description="every n-th layer is MoE, counted so that the last of each n is one; or one 0/1 per layer",
     )
-    router: RouterConfig = Field(default_factory=TopKRouterConfig)
-    hyper: HyperConfig | None = None
+    router: RouterConfig = Field(default_factory=TopKRouterConfig, description="who goes where; by `type`")
+    hyper: HyperConfig | None = Field(default=None, description="the generated expert; absent: none")
     aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss, per sequence")
     z_loss_coeff: NonNegativeFloat = Field(default=0.0, description="router z-loss")
 
@@ -143,27 +143,37 @@ class MoEConfig(Section):
             return self.router.max_k or self.num_experts
         return self.router.top_k
 
+    @property
+    def selectable(self) -> range:
+        """The numbers of experts that a token of this model may get."""
+        low = self.router.min_k if isinstance(self.router, DAMoERouterConfig) else self.router.top_k
+        return range(low, self.max_top_k + 1)
+
 
 class ModelConfig(Section):
     """A causal decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
+    num_layers: PositiveInt = Field(description="transformer layers")
+    hidden_size: PositiveInt = Field(description="width of the residual stream")
+    num_attention_heads: PositiveInt = Field(description="query heads")
     num_query_groups: PositiveInt | None = Field(
         default=None, description="key/value heads; default: num_attention_heads"
     )
     ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's SwiGLU MLP")
     vocab_size: PositiveInt = Field(description="rows of the embedding; at least the tokenizer's size")
-    seq_length: PositiveInt
-    share_embeddings_and_output_weights: bool = False
-    layernorm_epsilon: PositiveFloat = 1e-5
-    rotary_base: PositiveFloat = 10000.0
-    init_method_std: PositiveFloat = 0.02
+    seq_length: PositiveInt = Field(description="tokens of a training sequence")
+    share_embeddings_and_output_weights: bool = Field(
+        default=False, description="one table for the embedding and the output layer"
+    )
+    layernorm_epsilon: PositiveFloat = Field(default=1e-5, description="added to the mean square in RMSNorm")
+    rotary_base: PositiveFloat = Field(default=10000.0, description="base period of the rotary positions")
+    init_method_std: PositiveFloat = Field(
+        default=0.02, description="standard deviation of initial weights; 1/sqrt(2 num_layers) of it into the residual"
+    )
     recompute: Literal["none", "full"] = Field(
         default="none", description="activations: keep all, or only layer inputs"
     )
-    moe: MoEConfig | None = None
+    moe: MoEConfig | None = Field(default=None, description="mixture-of-experts layers; absent: a dense model")
 
     @property
     def kv_heads(self) -> int:
@@ -237,14 +247,14 @@ class ParallelConfig(Section):
 class BlendEntry(Section):
     """One corpus of a blend: a Megatron .bin/.idx prefix and its weight."""
 
-    path: str
-    weight: PositiveFloat = 1.0
+    path: str = Field(description="prefix of the .bin and .idx files")
+    weight: PositiveFloat = Field(default=1.0, description="share of the samples, relative to the other entries")
 
 
 class TokenizerConfig(Section):
     """Where the tokenizer lies."""
 
-    type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    type: Literal["sentencepiece", "huggingface"] = Field(default="sentencepiece", description="kind of file")
     path: str = Field(description="a .model file (sentencepiece), a tokenizer.json or its folder (huggingface)")
 
 
@@ -252,7 +262,7 @@ class DataConfig(Section):
     """Corpora in Megatron's .bin/.idx format, blended and shuffled by megatron.core.datasets."""
 
     tokenizer: TokenizerConfig
-    train: list[BlendEntry] = Field(min_length=1)
+    train: list[BlendEntry] = Field(min_length=1, description="corpora to train on, blended by weight")
     valid: list[BlendEntry] = Field(default_factory=list, description="own corpora; without: `split` cuts train")
     split: str = Field(default="98,2,0", description="train,valid,test shares of `train` when `valid` is empty")
     cache_dir: str | None = Field(default=None, description="index cache; default: <run.dir>/data-cache")
@@ -272,14 +282,16 @@ class DataConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over iterations: warm-up from 0, then the named shape down to min_lr."""
 
-    type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup_iters: Count = 0
+    type: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        default="wsd", description="shape after the warm-up; wsd holds the peak and decays at the end"
+    )
+    warmup_iters: Count = Field(default=0, description="iterations of linear warm-up")
     decay_iters: PositiveInt | None = Field(
         default=None,
         description="wsd: length of the final decay (default: a fifth of train_iters); cosine, linear: where min_lr is "
         "reached (default: train_iters)",
     )
-    min_lr: NonNegativeFloat = 0.0
+    min_lr: NonNegativeFloat = Field(default=0.0, description="learning rate at the end of the decay")
 
     @model_validator(mode="after")
     def _shape_has_a_use_for_what_is_set(self) -> ScheduleConfig:
@@ -306,9 +318,9 @@ class OptimizerConfig(Section):
         description="auto: on GPU NVIDIA apex's FusedAdam when it is there, on CPU DeepSpeed's when it was built with "
         "it, else torch's fused AdamW",
     )
-    lr: PositiveFloat = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = Field(default=3e-4, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="decay rates of Adam's two moments")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of Adam's second moment")
     weight_decay: NonNegativeFloat = Field(
         default=0.1, description="on matrices; norms, biases and embeddings of experts and layers are exempt"
     )
@@ -319,14 +331,16 @@ class OptimizerConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO owns the optimizer state."""
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="partitions nothing, optimizer state, gradients too, parameters too (dense models only)"
+    )
     reduce_bucket_size: PositiveInt = Field(default=50_000_000, description="elements per reduction bucket")
 
 
 class TrainingConfig(Section):
     """The loop."""
 
-    train_iters: PositiveInt
+    train_iters: PositiveInt = Field(description="optimizer steps of the whole run")
     global_batch_size: PositiveInt = Field(description="sequences per step")
     micro_batch_size: PositiveInt = Field(default=1, description="sequences per forward pass of one data-parallel rank")
     precision: Literal["fp32", "bf16"] = Field(

@@ -208,7 +208,8 @@ def _report(failures: Mapping[int, int], folder: LaunchFolder, err: TextIO) -> i
     """Says what rank 0's own words, which have been shown, have not said. Returns our exit code."""
     refused = [rank for rank, code in failures.items() if code == MoetrainError.exit_code]
     if refused:
-        if 0 not in refused:
+        # torchrun may have ended rank 0 between its words and its exit
+        if 0 not in refused and _last_line(folder, refused[0]) != _last_line(folder, 0):
             _say_last_words(refused[0], folder, err)
         return MoetrainError.exit_code
     for rank, code in failures.items():
@@ -227,6 +228,11 @@ def _say_last_words(rank: int, folder: LaunchFolder, err: TextIO) -> None:
     log = folder.stderr_log(rank)
     if log is not None:
         print(f"rank {rank} said last:\n{_tail(log)}", file=err, flush=True)
+
+
+def _last_line(folder: LaunchFolder, rank: int) -> str:
+    log = folder.stderr_log(rank)
+    return _tail(log).rstrip().rpartition("\n")[2] if log is not None else ""
 
 
 def _tail(path: Path) -> str:

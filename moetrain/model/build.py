@@ -50,7 +50,7 @@ def build_chunks(
             parallel_output=True,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             position_embedding_type="rope",
-            rotary_base=int(model.rotary_base),
+            rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
         assert [layer.layer_number - 1 for layer in decoder.decoder.layers] == list(layers)

@@ -10,6 +10,8 @@ condition, layer embedding, hypernetwork and generated bottleneck.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,9 +50,13 @@ class HyperExperts(nn.Module):
     Runs on the tokens' home rank: it needs no dispatch.
     """
 
-    def __init__(self, config: HyperConfig, num_experts: int, layer: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: HyperConfig, num_experts: int, selectable: range, layer: int, dtype: torch.dtype
+    ) -> None:
+        """`selectable`: the numbers of experts that the router may select for a token."""
         super().__init__()
         self.aggregation, self.form, self.layer = config.aggregation, config.form, layer
+        self.possible_sets = sum(math.comb(num_experts, k) for k in selectable)
         self.expert_embedding = nn.Parameter(torch.empty(num_experts, config.expert_embedding, dtype=dtype))
         self.process_in = nn.Linear(config.expert_embedding, config.process, dtype=dtype)
         self.process_out = nn.Linear(config.process, config.condition, dtype=dtype)
@@ -63,7 +69,10 @@ class HyperExperts(nn.Module):
         """
         selected_GE, set_of_token_T = distinct_sets(expert_ids_TK, self.expert_embedding.shape[0])
         hidden_Gh = network.encode(self._condition(selected_GE), self.layer)
-        tokens, sets = x_TD.shape[0], selected_GE.shape[0]
+        tokens = x_TD.shape[0]
+        # By the sets that can occur, not those that do: else later tokens would choose the form of earlier ones, and
+        # with it their last bits.
+        sets = min(tokens, self.possible_sets)
         grouped = self.form == "grouped" or (self.form == "auto" and prefer_grouped(tokens, sets, hidden_Gh.shape[1]))
         if grouped and tokens > 0:  # without tokens there is no set to generate for
             return grouped_form(x_TD, hidden_Gh, set_of_token_T, network)

@@ -52,7 +52,7 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(
             moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
         )
-        self.hyper = HyperExperts(moe.hyper, moe.num_experts, layer, dtype) if moe.hyper else None
+        self.hyper = HyperExperts(moe.hyper, moe.num_experts, moe.selectable, layer, dtype) if moe.hyper else None
         # In a tuple, because the hypernetwork belongs to the model and must not be registered once per layer.
         self._hypernetwork = (hypernetwork,)
         self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k)

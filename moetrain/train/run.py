@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 
 from moetrain.checkpoint.comm import TorchDistributed
+from moetrain.checkpoint.folders import find_step_folder, step_folders
 from moetrain.checkpoint.manager import CheckpointManager
 from moetrain.config.layout import ParallelLayout, check_layout
 from moetrain.config.schema import RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
+from moetrain.errors import CheckpointError
 from moetrain.ops import extension_info
 from moetrain.runtime.environment import Decision, join_processes, prepare_machine
 from moetrain.runtime.groups import create_groups
@@ -35,6 +37,7 @@ def train(config: RunConfig) -> None:
     """
     machine = prepare_machine(config.runtime)
     layout = check_layout(config, machine.processes.world_size)
+    _check_start(config)
     join_processes(machine, config.runtime)
     rank = machine.processes.rank
     data = open_data(config, rank)
@@ -59,6 +62,17 @@ def train(config: RunConfig) -> None:
     trainer.fit()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _check_start(config: RunConfig) -> None:
+    """Whether there is a checkpoint where the run is told to begin, if it will look there."""
+    load = config.checkpoint.load
+    begun = config.checkpoint.resume == "auto" and step_folders(Path(config.run.dir) / "checkpoints")
+    if load is not None and not begun:
+        try:
+            find_step_folder(Path(load))
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.load: {error}") from error
 
 
 def _decisions(config: RunConfig, layout: ParallelLayout, step: TrainStep, dtype: torch.dtype) -> list[Decision]:

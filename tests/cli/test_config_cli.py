@@ -113,7 +113,8 @@ def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_check_says_what_the_run_is() -> None:
-    text = CliRunner().invoke(app, ["config", "check", DEMO, "--world-size", "4"]).output
+    words = ["config", "check", DEMO, "training.global_batch_size=16", "--world-size", "4"]
+    text = CliRunner().invoke(app, words).output
     assert "2.97M total, 1.79M active per token" in text
     assert "4 ranks = tensor 1 x data 2 x pipeline 2; experts: expert 2 x data 1" in text
     assert "2 micro-batches of 4" in text

@@ -93,7 +93,7 @@ def test_every_process_was_killed_between_two_checkpoints_and_the_run_resumed_fr
 def test_the_second_run_took_another_layout_and_every_step_is_recorded_once(finished: Finished) -> None:
     assert "made on 4 ranks = tensor 1 x data 2 x pipeline 2" in finished.output
     assert "4 ranks = tensor 2 x data 2 x pipeline 1" in finished.output
-    steps = [row["iteration"] for row in metric_rows(finished.files.run, "train")]
+    steps = [row["iteration"] for row in metric_rows(finished.files, "train")]
     assert steps == list(range(1, 13))
 
 

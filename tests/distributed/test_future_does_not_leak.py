@@ -56,7 +56,7 @@ def check(changes: dict) -> None:
     assert any(not torch.equal(mine[CHANGED:], theirs[CHANGED:]) for mine, theirs in zip(ids, other_ids, strict=True))
 
 
-@pytest.mark.parametrize("form", ["grouped", "factorized"])
+@pytest.mark.parametrize("form", ["auto", "grouped", "factorized"])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("importance", CAUSAL_IMPORTANCE)
 def test_no_causal_importance_lets_the_future_change_the_past(importance: str, budget: str, form: str) -> None:

@@ -8,8 +8,8 @@ import torch
 from parity import LAYOUTS, SINGLE, Layout, layout_of, run_steps, tiny_config, whole_weights
 
 from moetrain.config.size import parameter_shapes
-from moetrain.moe.layer import MoELayer
 from moetrain.model.build import transformer_config
+from moetrain.moe.layer import MoELayer
 from moetrain.runtime.groups import create_groups
 from moetrain.testing import run_distributed
 from moetrain.train.setup import build_step
@@ -78,7 +78,7 @@ def four_steps(layout: Layout, zero: int, precision: str) -> tuple[list[float], 
 
 
 def test_bf16_layouts_and_zero_stages_agree_with_fp32_within_its_precision() -> None:
-    """The norm is what tells: a parameter whose gradient got lost, or was counted twice, changes it and hardly the loss."""
+    """The norm is what tells: a gradient that got lost or was counted twice changes it, and hardly the loss."""
     exact, exact_norms, _ = run_distributed(four_steps, 1, SINGLE, 1, "fp32")[0]
     runs = [("single", 1), ("dp2", 0), ("dp2", 2), ("tp2+sp x ep2", 1), ("pp2 x ep2", 1), ("pp2 x ep2", 2)]
     for name, zero in runs:

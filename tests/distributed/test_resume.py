@@ -1,5 +1,5 @@
-"""Six steps are three steps, a checkpoint, new processes and three more: to the bit on the same layout, within the parity
-bound on any other."""
+"""Six steps are three steps, a checkpoint, new processes and three more: to the bit on the same layout, within the
+parity bound on any other."""
 
 from __future__ import annotations
 
@@ -104,4 +104,3 @@ def test_resume_on_another_layout_keeps_the_trajectory(
     assert after["controllers"] == whole["controllers"]
     for name, weight in whole["weights"].items():
         assert float((after["weights"][name] - weight).norm() / weight.norm()) <= 1e-5, name
-

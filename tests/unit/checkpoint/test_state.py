@@ -136,7 +136,8 @@ def test_a_gap_between_rectangles_is_refused():
 
 def test_the_models_description_of_a_gated_parameter_becomes_two_rectangles():
     parameter = nn.Parameter(torch.zeros(4, 3))
-    info = ParameterInfo("fc1", parameter, tuple(parameter.shape), (8, 3), (Block(2, (2, 0)), Block(2, (6, 0))), False, True, False, "no", True)
+    blocks = (Block(2, (2, 0)), Block(2, (6, 0)))
+    info = ParameterInfo("fc1", parameter, tuple(parameter.shape), (8, 3), blocks, False, True, False, "no", True)
     assert ParameterShard.of(info) == gated("fc1", (8, 3), 2)[1]
 
 

@@ -19,7 +19,7 @@ IDS = torch.tensor([[0, 2, -1, -1, -1], [2, 0, -1, -1, -1], [4, -1, -1, -1, -1],
 
 def build(config: HyperConfig, seed: int = 0) -> tuple[HyperExperts, HyperNetwork]:
     network = HyperNetwork(config, LAYERS, D, torch.float32)
-    experts = HyperExperts(config, E, LAYER, torch.float32)
+    experts = HyperExperts(config, E, range(1, E + 1), LAYER, torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in [*network.parameters(), *experts.parameters()]:
@@ -96,3 +96,13 @@ def test_sets_of_more_experts_than_an_integer_has_bits_are_told_apart() -> None:
 def test_grouped_generation_is_preferred_exactly_when_sets_are_few() -> None:
     assert prefer_grouped(tokens=4096, sets=28, hidden=64)
     assert not prefer_grouped(tokens=1024, sets=801, hidden=64)
+
+
+def test_the_automatic_form_depends_on_the_number_of_tokens_and_not_on_their_routing(monkeypatch) -> None:
+    experts, network = build(CONFIG.model_copy(update={"form": "auto"}))
+    assert experts.possible_sets == 2**E - 1
+    seen = []
+    monkeypatch.setattr("moetrain.moe.hyper.prefer_grouped", lambda *sizes: seen.append(sizes) or True)
+    for ids in (torch.zeros(40, 1, dtype=torch.int64), torch.randint(0, E, (40, 1))):
+        experts(torch.randn(40, D), ids, network)
+    assert seen == [(40, 31, 7)] * 2

@@ -15,7 +15,8 @@ def installed() -> list[str]:
     if torch.cuda.is_available():
         pytest.skip("with CUDA nothing is patched; see the test below")
     megatron_cpu.install()
-    return [n for n, m in sys.modules.items() if n.startswith("megatron.core") and getattr(m, "torch", None) is not None]
+    megatron = {name: module for name, module in sys.modules.items() if name.startswith("megatron.core")}
+    return [name for name, module in megatron.items() if getattr(module, "torch", None) is not None]
 
 
 def test_nothing_is_touched_where_cuda_is(monkeypatch: pytest.MonkeyPatch) -> None:
