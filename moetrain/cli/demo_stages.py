@@ -103,7 +103,7 @@ def encode(files: Files) -> dict[str, Any]:
 
 
 def train_and_kill(files: Files, processes: int, kill_at: int) -> dict[str, Any]:
-    """Train until step `kill_at`, or a later one past a checkpoint, is logged; then SIGKILL every process of the launch."""
+    """Train until a step from `kill_at` on, past a checkpoint, is logged; then SIGKILL every process of the launch."""
     started = time.time()
     launched = _launch(files, processes, [])
     while (reached := _logged_step(files, started)) < kill_at or reached <= _saved_step(files):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from moetrain.cli.demo_folder import DemoFolder
@@ -97,10 +99,13 @@ def _places(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _next_commands(plan: Plan) -> Iterator[str]:
-    files = plan.files
+    """With this very interpreter, because its environment need not be active in the reader's shell."""
+    files, here, program = plan.files, Path.cwd(), Path(sys.executable)
+    python = str(program.relative_to(here) if program.is_relative_to(here) else program)
+    moetrain = (python, "-m", "moetrain")
     double = f"training.train_iters={2 * plan.first.training.train_iters}"
-    yield shlex.join(["tensorboard", "--logdir", str(files.run / "tensorboard")])
-    yield shlex.join(["moetrain", "config", "check", str(files.config), *SECOND_LAYOUT, "-n", str(plan.processes)])
-    yield shlex.join(["moetrain", "data", "inspect", str(files.valid), "--tokenizer", str(files.tokenizer)])
-    yield shlex.join(["moetrain", "launch", "local", "-n", "2", str(files.config), "parallel.pipeline=1", double])
-    yield shlex.join(["moetrain", "convert", "to-hf", str(files.run), f"{files.hf}-bf16", "--dtype", "bfloat16"])
+    yield shlex.join([python, "-m", "tensorboard.main", "--logdir", str(files.run / "tensorboard")])
+    yield shlex.join([*moetrain, "config", "check", str(files.config), *SECOND_LAYOUT, "-n", str(plan.processes)])
+    yield shlex.join([*moetrain, "data", "inspect", str(files.valid), "--tokenizer", str(files.tokenizer)])
+    yield shlex.join([*moetrain, "launch", "local", "-n", "2", str(files.config), "parallel.pipeline=1", double])
+    yield shlex.join([*moetrain, "convert", "to-hf", str(files.run), f"{files.hf}-bf16", "--dtype", "bfloat16"])

@@ -45,7 +45,9 @@ _STAGE_0_AND_1: dict[str, type] = {
 }
 _STAGE_2: dict[str, type] = {**_STAGE_0_AND_1, "overlap_comm": bool}
 
-# Arguments of DeepSpeedZeroOptimizer_Stage3.__init__ (deepspeed/runtime/zero/stage3.py), by their JSON names.
+# Arguments of DeepSpeedZeroOptimizer_Stage3.__init__ (deepspeed/runtime/zero/stage3.py), by their JSON names. Not among
+# them: stage3_module_granularity_threshold; the modules that it would gather whole must get their inputs by position,
+# and Megatron's layers get them by keyword.
 _STAGE_3: dict[str, type] = {
     "contiguous_gradients": bool,
     "overlap_comm": bool,
@@ -53,7 +55,6 @@ _STAGE_3: dict[str, type] = {
     "stage3_max_live_parameters": int,
     "stage3_max_reuse_distance": int,
     "stage3_model_persistence_threshold": int,
-    "stage3_module_granularity_threshold": int,
     "stage3_param_persistence_threshold": int,
     "stage3_prefetch_bucket_size": int,
     "sub_group_size": int,

@@ -104,7 +104,9 @@ class HyperConfig(Section):
         description="over the embeddings of unselected experts; the official code sums, at a fixed K the same",
     )
     form: Literal["auto", "grouped", "factorized"] = Field(
-        default="auto", description="how the generated expert is evaluated; auto picks the cheaper one for the number of expert sets that can occur"
+        default="auto",
+        description="how the generated expert is evaluated; auto picks the cheaper one for the number of expert sets "
+        "that can occur",
     )
 
 

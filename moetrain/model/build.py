@@ -17,7 +17,7 @@ from torch import nn
 
 from moetrain.config.schema import DAMoERouterConfig, ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
-from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm
+from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.hyper import HyperNetwork
 from moetrain.moe.layer import MoELayer
@@ -42,7 +42,7 @@ def build_chunks(
         layers = layout.layers_of(model.num_layers, stage, chunk)
         decoder = Decoder(
             config,
-            _block_spec(model, layers, groups, hypernetwork),
+            _block_spec(model, layers, groups, hypernetwork),  # pyright: ignore[reportArgumentType]
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=layers.start == 0,
@@ -53,7 +53,7 @@ def build_chunks(
             rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
-        assert [layer.layer_number - 1 for layer in decoder.decoder.layers] == list(layers)
+        assert global_layers(decoder) == list(layers)
         chunks.append(decoder)
     if hypernetwork is not None:
         chunks[0].add_module("hypernetwork", hypernetwork)
@@ -161,9 +161,9 @@ def _layer_spec(
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=ParallelRMSNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )

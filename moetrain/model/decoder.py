@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moetrain.model.attention import ImportanceAttention
 
 
 class ParallelRMSNorm(nn.Module):
@@ -29,8 +33,12 @@ class MoETransformerLayer(TransformerLayer):
         self, hidden_states: Tensor, inference_context: object = None, padding_mask: Tensor | None = None
     ) -> Tensor:
         normed = self._forward_pre_mlp_layernorm(hidden_states)
-        output = self.mlp(normed, self.self_attention.core_attention.take_importance())
-        return self._forward_post_mlp((output, None), hidden_states)
+        attention = self.self_attention.core_attention
+        assert isinstance(attention, ImportanceAttention)
+        output = self.mlp(normed, attention.take_importance())
+        result = self._forward_post_mlp((output, None), hidden_states)
+        assert isinstance(result, Tensor)
+        return result
 
 
 class Decoder(GPTModel):
@@ -38,3 +46,9 @@ class Decoder(GPTModel):
     own start-up all-reduce of the embedding (which also moves it to CUDA) has nothing to do."""
 
     def setup_embeddings_and_output_layer(self) -> None: ...
+
+
+def global_layers(decoder: Decoder) -> list[int]:
+    """0-based global numbers of the chunk's layers; Megatron counts from 1."""
+    layers = (cast(TransformerLayer, layer) for layer in decoder.decoder.layers)
+    return [layer.layer_number - 1 for layer in layers]

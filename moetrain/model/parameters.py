@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
-from moetrain.model.decoder import Decoder
+from moetrain.model.decoder import Decoder, global_layers
 from moetrain.moe.routing import BudgetedCount
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo
@@ -35,7 +35,9 @@ def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, Budgeted
                 yield _global_name(chunk, name.removesuffix(".count") + ".log_alpha"), module
 
 
-def describe_parameters(chunks: Sequence[Decoder], groups: ParallelGroups, sequence_parallel: bool) -> list[ParameterInfo]:
+def describe_parameters(
+    chunks: Sequence[Decoder], groups: ParallelGroups, sequence_parallel: bool
+) -> list[ParameterInfo]:
     """A `ParameterInfo` for every parameter of this rank, in a deterministic order."""
     tied_embeddings = {
         id(chunk.shared_embedding_or_output_weight()) for chunk in chunks if chunk.share_embeddings_and_output_weights
@@ -60,7 +62,7 @@ def _split_dimensions(chunk: Decoder) -> Iterator[tuple[nn.Parameter, int]]:
 def _global_name(chunk: Decoder, name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+        parts[2] = str(global_layers(chunk)[int(parts[2])])
     name = ".".join(parts)
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return _EMBEDDING
@@ -68,7 +70,12 @@ def _global_name(chunk: Decoder, name: str) -> str:
 
 
 def _describe(
-    name: str, parameter: nn.Parameter, groups: ParallelGroups, sequence_parallel: bool, split_dim: int | None, tied_embedding: bool
+    name: str,
+    parameter: nn.Parameter,
+    groups: ParallelGroups,
+    sequence_parallel: bool,
+    split_dim: int | None,
+    tied_embedding: bool,
 ) -> ParameterInfo:
     at, layout = groups.coordinates, groups.layout
     shape = tuple(parameter.shape)
@@ -130,7 +137,9 @@ def initialize(chunks: Sequence[Decoder], infos: Sequence[ParameterInfo], model:
         if info.expert:
             first = info.blocks[0].offset[0]
             for i in range(info.parameter.shape[0]):
-                info.parameter[i].copy_(_draw(f"{info.name}[{first + i}]", info.name, info.global_shape[1:], model, seed))
+                info.parameter[i].copy_(
+                    _draw(f"{info.name}[{first + i}]", info.name, info.global_shape[1:], model, seed)
+                )
             continue
         whole = _draw(info.name, info.name, info.global_shape, model, seed)
         row = 0

@@ -53,7 +53,8 @@ def megatron_logits(reader: WeightSource, tokens: Tensor) -> Tensor:
 @contextmanager
 def _single_process() -> Iterator[ParallelGroups]:
     assert not dist.is_initialized(), "reference logits need a process of their own"
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1))
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(minutes=1))
     try:
         yield create_groups(ParallelLayout(1), seed=0)
     finally:

@@ -143,7 +143,11 @@ class ZeroOptimizer:
         create_adam_state(self._zero.optimizer, self._adam_flats())
 
     def _create(
-        self, base: torch.optim.Optimizer, parameters: list[ParameterInfo], zero: dict[str, Any], config: OptimizerConfig
+        self,
+        base: torch.optim.Optimizer,
+        parameters: list[ParameterInfo],
+        zero: dict[str, Any],
+        config: OptimizerConfig,
     ) -> _Zero:
         init_deepspeed_comm()
         alone = self.stage == 0
@@ -309,7 +313,9 @@ def group_parameters(parameters: list[ParameterInfo]) -> dict[GroupKey, list[Par
     for info in parameters:
         key = GroupKey(info.expert, info.decay, info.sum_over_tensor, info.tied)
         grouped.setdefault(key, []).append(info)
-    return dict(sorted(grouped.items(), key=lambda item: (item[0].expert, item[0].tied, item[0].sum_over_tensor, item[0].decay)))
+    return dict(
+        sorted(grouped.items(), key=lambda item: (item[0].expert, item[0].tied, item[0].sum_over_tensor, item[0].decay))
+    )
 
 
 def adam_group(key: GroupKey, parameters: list[ParameterInfo], config: OptimizerConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from moetrain.config.deepspeed import deepspeed_config
 from moetrain.config.schema import RunConfig
@@ -26,5 +27,9 @@ def build_step(config: RunConfig, groups: ParallelGroups, device: torch.device) 
         return TrainStep(config, chunks, groups, ZeroOptimizer(*settings))
     (model,) = chunks
     tied = model.share_embeddings_and_output_weights
-    borrowed = [(model.output_layer, model.shared_embedding_or_output_weight())] if tied else []
+    borrowed = []
+    if tied:
+        embedding = model.shared_embedding_or_output_weight()
+        assert isinstance(embedding, nn.Parameter)
+        borrowed.append((model.output_layer, embedding))
     return TrainStep(config, chunks, groups, ZeroStage3Optimizer(model, borrowed, *settings))

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.checkpoint.state import ParameterShard, fill_from, pieces_of, read_rng, rng_piece
@@ -61,10 +61,19 @@ def restore(step: TrainStep, reader: CheckpointReader, layout: dict[str, Any], l
     if reader.layout == layout:
         state = read_rng(reader, dist.get_rank())
         if state is None:
-            raise CheckpointError(f"{reader.folder}: no random state of rank {dist.get_rank()}, though the layout agrees")
+            raise CheckpointError(
+                f"{reader.folder}: no random state of rank {dist.get_rank()}, though the layout agrees"
+            )
         _set_rng_state(state)
     else:
         log.info("random states were not restored: they belong to the ranks of another layout")
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    """Megatron's named random states; they exist once the groups do."""
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
 
 
 def _rng_state() -> torch.Tensor:
@@ -72,7 +81,7 @@ def _rng_state() -> torch.Tensor:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    states |= {f"tracker.{name}": state for name, state in _tracker().get_states().items()}
     return torch.frombuffer(bytearray(safetensors.torch.save(states)), dtype=torch.uint8)
 
 
@@ -82,4 +91,4 @@ def _set_rng_state(packed: torch.Tensor) -> None:
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     tracker = {name.removeprefix("tracker."): s for name, s in states.items() if name.startswith("tracker.")}
-    get_cuda_rng_tracker().set_states(tracker)
+    _tracker().set_states(tracker)

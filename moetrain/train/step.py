@@ -106,7 +106,7 @@ class TrainStep:
         return self._schedule(
             forward_step_func=self._forward,
             data_iterator=iterators[0] if single else iterators,
-            model=self.chunks[0] if single else self.chunks,
+            model=self.chunks[0] if single else self.chunks,  # pyright: ignore[reportArgumentType]
             num_microbatches=len(microbatches),
             seq_length=self.config.model.seq_length,
             micro_batch_size=self.config.training.micro_batch_size,

@@ -88,7 +88,9 @@ class Trainer:
     def _train_one(self, microbatches: Sequence[MicroBatch]) -> None:
         training = self.config.training
         start = time.perf_counter()
-        lr = learning_rate(self.config.optimizer.schedule, self.config.optimizer.lr, training.train_iters, self.iteration)
+        lr = learning_rate(
+            self.config.optimizer.schedule, self.config.optimizer.lr, training.train_iters, self.iteration
+        )
         outcome = self.step.run(microbatches, lr)
         seconds = time.perf_counter() - start
         self.iteration += 1
@@ -198,15 +200,15 @@ class Trainer:
             own = self.checkpoints.open()
         elif (latest := self.checkpoints.latest()) is not None:
             raise CheckpointError(
-                f"checkpoint.resume is never, but this run's folder already holds {latest}, which would be in the way of its "
-                "own checkpoints; choose another run.dir, or checkpoint.resume=auto"
+                f"checkpoint.resume is never, but this run's folder already holds {latest}, which would be in the way "
+                "of its own checkpoints; choose another run.dir, or checkpoint.resume=auto"
             )
         if own is not None or checkpoint.load is None:
             return own
-        reader = self.checkpoints.open(checkpoint.load)
-        if reader is None:
-            raise CheckpointError(f"checkpoint.load: {checkpoint.load} holds no complete checkpoint")
-        return reader
+        try:
+            return self.checkpoints.open(checkpoint.load)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.load: {error}") from error
 
     def _layout_record(self) -> dict[str, Any]:
         return {

@@ -229,6 +229,11 @@ def test_a_tokenizer_that_contradicts_the_checkpoint_is_refused(folder: Path) ->
     assert "the checkpoint belongs to another model" in text and "tokenizer fingerprint" in text
 
 
+def test_a_fresh_start_in_a_folder_with_checkpoints_is_refused(folder: Path) -> None:
+    text = refusal(folder, *TRAIN, "checkpoint.resume=never")
+    assert "checkpoint.resume is never" in text and "step-00000002" in text and "choose another run.dir" in text
+
+
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
 def test_loading_from_where_no_checkpoint_is_is_refused(folder: Path, path: str) -> None:
     (folder / "empty" / "checkpoints").mkdir(parents=True)

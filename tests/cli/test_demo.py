@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -41,7 +42,12 @@ def plan(root: Path, *overrides: str, iters: int | None = None) -> Plan:
 class Finished:
     files: Files
     exit_code: int
-    output: str
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
 
 
 def call(root: Path, *words: str) -> Finished:
@@ -54,7 +60,7 @@ def call(root: Path, *words: str) -> Finished:
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
         cwd=root.parent,
     )
-    return Finished(Files(root), done.returncode, done.stdout + done.stderr)
+    return Finished(Files(root), done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,15 @@ def test_the_demo_succeeds_and_leaves_everything_that_its_summary_names(finished
         assert path.stat().st_size
     assert files.latest.read_text().strip() == "step-00000012"
     assert list((files.run / "tensorboard").glob("events*"))
-    summary = finished.output.partition("Summary\n")[2]
-    for words in ("held-out loss", "unigram entropy", "tokens/s", "Seconds", str(files.hf), "tensorboard --logdir"):
+    summary = finished.stdout.partition("Summary\n")[2]
+    for words in (
+        "held-out loss",
+        "unigram entropy",
+        "tokens/s",
+        "Seconds",
+        str(files.hf),
+        "tensorboard.main --logdir",
+    ):
         assert words in summary
 
 
@@ -110,6 +123,18 @@ def test_transformers_goes_on_from_each_prompt(finished: Finished) -> None:
     for sample in samples:
         assert sample["text"].startswith(sample["prompt"])
         assert len(sample["text"]) > len(sample["prompt"])
+
+
+def test_the_commands_that_the_summary_suggests_are_ones_that_exist(finished: Finished) -> None:
+    commands = [shlex.split(line) for line in finished.stdout.partition("\nNext\n")[2].splitlines() if line.strip()]
+    assert len(commands) == 5
+    check = next(command for command in commands if "check" in command)
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(
+        check, capture_output=True, text=True, check=False, cwd=finished.files.root.parent, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tensor 2 x data 2 x pipeline 1" in done.stdout
 
 
 def test_a_second_call_does_nothing_again_and_judges_what_is_there(finished: Finished) -> None:

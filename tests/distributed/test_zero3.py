@@ -16,6 +16,7 @@ from parity import SINGLE, STEPS, Layout, batch_of, layout_of, run_steps, tiny_c
 
 from moetrain.checkpoint.comm import TorchDistributed
 from moetrain.checkpoint.manager import CheckpointManager
+from moetrain.config.deepspeed import zero_settings
 from moetrain.config.loader import config_to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.runtime.groups import create_groups
@@ -77,7 +78,10 @@ def build(config: RunConfig) -> TrainStep:
 
 def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
     """Masters and moments of the whole model, put together from all ranks by their names in checkpoints."""
-    mine = [(p.name, p.global_shape, p.rect.slices_from((0,) * p.tensor.dim()), p.tensor.clone()) for p in collect_pieces(step)]
+    mine = [
+        (p.name, p.global_shape, p.rect.slices_from((0,) * p.tensor.dim()), p.tensor.clone())
+        for p in collect_pieces(step)
+    ]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [entry for entry in mine if not entry[0].startswith("rng.")])
     whole: dict[str, torch.Tensor] = {}
@@ -107,14 +111,14 @@ def train(configs: list[RunConfig]) -> list[dict[str, Any]]:
     return records
 
 
-def assert_close(record: dict[str, Any], reference: dict[str, Any], bound: float = BOUND) -> None:
+def assert_close(record: dict[str, Any], reference: dict[str, Any]) -> None:
     """Losses, norms and evaluations relatively; every weight relatively, as a whole tensor."""
     for kind in ("loss", "norm", "evaluation"):
-        assert record[kind] == pytest.approx(reference[kind], rel=bound, abs=0), kind
+        assert record[kind] == pytest.approx(reference[kind], rel=BOUND, abs=0), kind
     assert record["state"].keys() == reference["state"].keys()
     for name, tensor in reference["state"].items():
         if name.startswith("weight."):
-            assert float((record["state"][name] - tensor).norm() / tensor.norm()) <= bound, name
+            assert float((record["state"][name] - tensor).norm() / tensor.norm()) <= BOUND, name
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +129,7 @@ def references() -> dict[bool, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_layout_trains_as_one_process_with_zero_1(
-    layout: Layout, references: dict[bool, dict[str, Any]]
-) -> None:
+def test_every_layout_trains_as_one_process_with_zero_1(layout: Layout, references: dict[bool, dict[str, Any]]) -> None:
     configs = [dense(layout, 3), dense(layout, 3, tied=True), dense(layout, 3, tied=True, model__recompute="full")]
     untied, tied, recomputed = run_distributed(train, layout.world, configs)[0]
     assert_close(untied, references[False])
@@ -136,6 +138,7 @@ def test_every_layout_trains_as_one_process_with_zero_1(
 
 
 def test_no_setting_that_is_left_to_the_user_changes_the_result(references: dict[bool, dict[str, Any]]) -> None:
+    assert {key for settings in SETTINGS.values() for key in settings} == set(zero_settings(3))
     configs = [dense(DP2, 3, tied=True, settings=settings) for settings in SETTINGS.values()]
     configs.append(dense(DP2, 3, tied=True, zero__reduce_bucket_size=1000))
     for record in run_distributed(train, DP2.world, configs)[0]:
@@ -145,7 +148,7 @@ def test_no_setting_that_is_left_to_the_user_changes_the_result(references: dict
 def test_bf16_trains_as_zero_1_does() -> None:
     bf16 = {"training__precision": "bf16"}
     one, three = run_distributed(train, 2, [dense(DP2, 1, **bf16), dense(DP2, 3, **bf16)])[0]
-    assert_close(three, one, bound=1e-3)
+    assert_close(three, one)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ def measure(config: RunConfig) -> dict[str, int]:
     batch = batch_of(0, config, groups.coordinates.data, groups.layout.data)
     for _ in range(2):  # until DeepSpeed has recorded the order of the modules, by which it gathers ahead
         step.run(batch, 1e-3)
-    hooks = [module.linear_fc1.register_forward_hook(look) for module in (b.mlp for b in model.decoder.layers)]
+    hooks = [layer.mlp.linear_fc1.register_forward_pre_hook(look) for layer in model.decoder.layers]
     step.evaluate(batch)
     step.run(batch, 1e-3)
     for hook in hooks:
