@@ -127,7 +127,7 @@ def _deepspeed() -> Iterator[Finding]:
     if _version("deepspeed") is None:
         return
     if cpu_adam_is_built():
-        effect = "optimizer.type auto takes it on CPU"
+        effect = "optimizer.type cpu_adam may ask for it; auto takes torch's AdamW"
         yield Finding("DeepSpeed CPU Adam", "ok", "built with DeepSpeed", effect)
         return
     effect = (

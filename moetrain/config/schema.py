@@ -317,8 +317,8 @@ class OptimizerConfig(Section):
 
     type: Literal["auto", "adamw", "cpu_adam", "apex_fused_adam"] = Field(
         default="auto",
-        description="auto: on GPU NVIDIA apex's FusedAdam when it is there, on CPU DeepSpeed's when it was built with "
-        "it, else torch's fused AdamW",
+        description="auto: NVIDIA apex's FusedAdam on a GPU when it is there, else torch's fused AdamW; cpu_adam: "
+        "DeepSpeed's, on CPU",
     )
     lr: PositiveFloat = Field(default=3e-4, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="decay rates of Adam's two moments")
