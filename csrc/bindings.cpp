@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cpu/gemm_amx.h"
 #include "cpu/gemm_kernel.h"
 
 namespace {
@@ -15,7 +16,7 @@ std::string build_info() {
 #else
   const std::string cuda = "cpu";
 #endif
-  return std::string(TORCH_VERSION) + ";" + moetrain::gemm_isa() + ";" + cuda;
+  return std::string(TORCH_VERSION) + ";" + (moetrain::amx::available() ? "amx" : moetrain::gemm_isa()) + ";" + cuda;
 }
 
 }  // namespace
@@ -38,6 +39,16 @@ TORCH_LIBRARY(moetrain, m) {
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor grad, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor x, Tensor tokens_per_expert) -> Tensor");
+
+  // z is the output of fc1, kept for the backward when save is set, else empty.
+  m.def(
+      "expert_layer_forward(Tensor x, Tensor? weights, Tensor fc1, Tensor fc2, Tensor row_token, Tensor slot_row, "
+      "Tensor tokens_per_expert, bool save) -> (Tensor y, Tensor z)");
+  // wanted: gradients of x, weights, fc1, fc2; one that is not wanted comes back with no elements.
+  m.def(
+      "expert_layer_backward(Tensor grad, Tensor x, Tensor? weights, Tensor fc1, Tensor fc2, Tensor row_token, "
+      "Tensor slot_row, Tensor tokens_per_expert, Tensor z, bool[4] wanted) -> "
+      "(Tensor dx, Tensor dweights, Tensor dfc1, Tensor dfc2)");
 
   m.def("all_to_all(Tensor x, SymInt[] output_splits, SymInt[] input_splits, str group_name) -> Tensor");
 }

@@ -10,21 +10,25 @@
 namespace moetrain {
 
 // A matrix [outer][reduction]. Element (i, k) is data[i * stride + k] when the reduction axis is contiguous,
-// data[k * stride + i] otherwise.
+// data[k * stride + i] otherwise. With an index, row r of memory is index[r] instead: a gather that costs nothing,
+// because operands are packed anyhow.
 template <class T>
 struct Operand {
   const T* data;
   int64_t stride;
   bool reduction_contiguous;
+  const int64_t* index = nullptr;
 };
 
-template <class T>
+template <class T, class Out = T>
 struct Gemm {
   Operand<T> a;
   Operand<T> b;
-  T* c;  // [m][n], rows c_stride apart
+  Out* c;  // [m][n], rows c_stride apart
   int64_t c_stride;
   int64_t m, n, k;
+  const int64_t* c_index = nullptr;  // row i goes to row c_index[i]
+  bool accumulate = false;           // c += instead of c =
 };
 
 template <class T>

@@ -5,12 +5,15 @@ Legend: T tokens, K expert slots a token, R routed rows, E experts, D hidden siz
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from moetrain.ops.grouped_gemm import grouped_gemm
-from moetrain.ops.permute import PermutePlan, combine, permute
+from moetrain.ops import library as _library  # noqa: F401  (registers the operators)
+from moetrain.ops.permute import PermutePlan
+
+_ops = torch.ops.moetrain
 
 
 def expert_layer(x_TD: Tensor, weights_TK: Tensor | None, fc1: Tensor, fc2: Tensor, plan: PermutePlan) -> Tensor:
@@ -25,9 +28,85 @@ def expert_layer(x_TD: Tensor, weights_TK: Tensor | None, fc1: Tensor, fc2: Tens
 
     Returns:
         ``[T, D]``; zero for a token without experts. Differentiable in everything but the plan.
+
+    No routed copy of ``x_TD`` and no activation is kept for the backward: only the output of fc1, ``2 R F`` elements
+    (nothing at all without gradients). Sums are float32; rounded to the dtype are fc1's and fc2's outputs and the
+    activation. Row-invariant: a token's output, and the gradients of its ``x_TD`` and ``weights_TK``, depend on that
+    token only; those of the weights have the same bits for any number of threads.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or the plan disagree.
     """
-    gate_RF, up_RF = grouped_gemm(permute(x_TD, plan), fc1, plan.tokens_per_expert_E).chunk(2, dim=-1)
-    rows_RD = grouped_gemm(F.silu(gate_RF) * up_RF, fc2, plan.tokens_per_expert_E)
-    if weights_TK is None:
-        weights_TK = torch.ones(plan.slot_row_TK.shape, dtype=torch.float32, device=x_TD.device)
-    return combine(rows_RD, weights_TK, plan)
+    needs_grad = any(t is not None and t.requires_grad for t in (x_TD, weights_TK, fc1, fc2))
+    y_TD, _ = _ops.expert_layer_forward(
+        x_TD,
+        weights_TK,
+        fc1,
+        fc2,
+        plan.row_token_R,
+        plan.slot_row_TK,
+        plan.tokens_per_expert_E,
+        needs_grad and torch.is_grad_enabled(),
+    )
+    return y_TD
+
+
+@torch.library.register_fake("moetrain::expert_layer_forward")
+def _forward_fake(
+    x: Tensor,
+    weights: Tensor | None,
+    fc1: Tensor,
+    fc2: Tensor,
+    row_token: Tensor,
+    slot_row: Tensor,
+    tokens_per_expert: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(row_token.size(0) if save else 0, fc1.size(1))
+
+
+@torch.library.register_fake("moetrain::expert_layer_backward")
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    fc1: Tensor,
+    fc2: Tensor,
+    row_token: Tensor,
+    slot_row: Tensor,
+    tokens_per_expert: Tensor,
+    z: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = (x, slot_row, fc1, fc2)
+    shapes = [t.shape if want else (0,) for t, want in zip(like, wanted, strict=True)]
+    if weights is None:
+        shapes[1] = (0,)
+    return (
+        x.new_empty(shapes[0]),
+        x.new_empty(shapes[1], dtype=torch.float32),
+        x.new_empty(shapes[2]),
+        x.new_empty(shapes[3]),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, save = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+    if save:
+        ctx.save_for_backward(*tensors, z)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    *tensors, z = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:4])
+    gradients = _ops.expert_layer_backward(grad, *tensors, z, wanted)
+    found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return (*found, None, None, None, None)
+
+
+torch.library.register_autograd("moetrain::expert_layer_forward", _backward, setup_context=_setup)

@@ -1,0 +1,341 @@
+// bf16 products of 32 x 32 blocks by AMX tiles: packing, the block product, and what a block's end may do with it.
+// Only for units compiled with AMX and AVX512 enabled, and entered after amx_available(). Everything here is in an
+// unnamed namespace and free of the standard library: an inline function compiled with wide instructions could else
+// be picked by the linker for the whole library.
+//
+// Both operands of a block are [outer][k]. A tile holds 16 outer x 32 k (1 KB), in one of two forms:
+//   rows   [16 outer][32 k]            the left operand of the tile product; its outer axis becomes the block's rows
+//   pairs  [16 pairs of k][16 outer][2]  the right operand; its outer axis becomes the block's columns
+// A packed half block is a sequence of tiles along k; a block is two halves of 16 outer. Whatever sticks out of the
+// operand is zero, so tails run the same instructions, and nothing uninitialised is read.
+//
+// The sum over k runs upwards through one chain of tile products an element: its bits depend on its row and column.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/gemm_kernel.h"
+
+namespace moetrain::amx {
+namespace {
+
+constexpr int64_t kHalf = 16;          // outer of a tile
+constexpr int64_t kBlock = 32;         // outer of a block
+constexpr int64_t kTileDepth = 32;     // k of a tile
+constexpr int64_t kTileElements = 512;
+constexpr int64_t kBlockFloats = kBlock * kBlock;
+constexpr int64_t kStripDepth = 512;   // k of a packed strip: 32 KB, which stay in L1
+
+constexpr int64_t tiles_of(int64_t k) { return (k + kTileDepth - 1) / kTileDepth; }
+constexpr int64_t blocks_of(int64_t outer) { return (outer + kBlock - 1) / kBlock; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The tile registers of the calling thread, while in scope.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    alignas(64) struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = kHalf;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+using Source = Operand<bf16>;
+
+inline const bf16* row_of(const Source& x, int64_t i) { return x.data + (x.index ? x.index[i] : i) * x.stride; }
+
+inline __mmask32 first_of_32(int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << (count < 0 ? 0 : count)) - 1);
+}
+
+// 16 x 16 transpose of 32-bit elements.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+inline void store_tile(const __m512i (&r)[16], bf16* tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 32, r[i]);
+}
+
+// 16-bit positions that interleave two vectors of 16 (low halves) or the upper halves, and two halves of one vector.
+inline __m512i interleave_low(__m512i x, __m512i y) {
+  const __m512i which = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return _mm512_permutex2var_epi16(x, which, y);
+}
+inline __m512i interleave_high(__m512i x, __m512i y) {
+  const __m512i which = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
+                                         22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+  return _mm512_permutex2var_epi16(x, which, y);
+}
+// Two float vectors, rounded to bf16, as pairs (x[i], y[i]).
+inline __m512i to_pairs(__m512 x, __m512 y) {
+  const __m512i which = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(which, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+}
+// Two float vectors, rounded to bf16, one after the other.
+inline __m512i to_row(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+inline __m512 first_of_pairs(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 second_of_pairs(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline __m512 low_half(__m512i row) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(row)), 16));
+}
+inline __m512 high_half(__m512i row) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(row, 1)), 16));
+}
+
+enum class Form { kRows, kPairs };
+
+// k contiguous: a tile of rows is a copy, a tile of pairs its transpose as 32-bit elements.
+template <Form kForm>
+inline void pack_half_contiguous(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* to) {
+  const bf16* row[kHalf];
+  for (int i = 0; i < kHalf; ++i) row[i] = i < count ? row_of(x, outer + i) + k : x.data;
+  for (int64_t at = 0; at < depth; at += kTileDepth, to += kTileElements) {
+    const __mmask32 inside = first_of_32(depth - at);
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) r[i] = _mm512_maskz_loadu_epi16(i < count ? inside : 0, row[i] + at);
+    if (kForm == Form::kPairs) transpose(r);
+    store_tile(r, to);
+  }
+}
+
+// Outer contiguous: two neighbouring k interleave into pairs; a tile of rows is the transpose of that.
+template <Form kForm>
+inline void pack_block_strided(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
+                               bf16* high) {
+  const __mmask32 inside = first_of_32(count);
+  for (int64_t at = 0; at < depth; at += kTileDepth, low += kTileElements, high += kTileElements) {
+    __m512i r_low[16], r_high[16];
+#pragma GCC unroll 16
+    for (int p = 0; p < 16; ++p) {
+      const int64_t even = at + 2 * p;
+      const bool has_even = even < depth, has_odd = even + 1 < depth;
+      const bf16* from_even = has_even ? row_of(x, k + even) + outer : x.data;
+      const bf16* from_odd = has_odd ? row_of(x, k + even + 1) + outer : x.data;
+      const __m512i first = _mm512_maskz_loadu_epi16(has_even ? inside : 0, from_even);
+      const __m512i second = _mm512_maskz_loadu_epi16(has_odd ? inside : 0, from_odd);
+      r_low[p] = interleave_low(first, second);
+      r_high[p] = interleave_high(first, second);
+    }
+    if (kForm == Form::kRows) {
+      transpose(r_low);
+      transpose(r_high);
+    }
+    store_tile(r_low, low);
+    store_tile(r_high, high);
+  }
+}
+
+// Block of `count` <= 32 outer from `outer`, k from k to k + depth.
+template <Form kForm>
+inline void pack_block(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
+                       bf16* high) {
+  if (x.reduction_contiguous) {
+    pack_half_contiguous<kForm>(x, outer, smaller(count, kHalf), k, depth, low);
+    pack_half_contiguous<kForm>(x, outer + kHalf, count - kHalf, k, depth, high);
+  } else {
+    pack_block_strided<kForm>(x, outer, count, k, depth, low, high);
+  }
+}
+
+// A panel: blocks of many outer with all of k, which stays in L2. Half h of block b starts at tile (2 b + h) * tiles.
+template <Form kForm>
+inline void pack_panel(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* panel) {
+  const int64_t half = tiles_of(depth) * kTileElements;
+  for (int64_t i = 0; i < count; i += kBlock, panel += 2 * half) {
+    pack_block<kForm>(x, outer + i, smaller(count - i, kBlock), k, depth, panel, panel + half);
+  }
+}
+
+// Cache lines of the strip after this one, touched a few at a time while tiles multiply.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth) : source_(x) {
+    if (count <= 0 || depth <= 0) return;
+    if (x.reduction_contiguous) {
+      row_ = outer, end_ = outer + count, column_ = k, width_ = depth;
+    } else {
+      row_ = k, end_ = k + depth, column_ = outer, width_ = count;
+    }
+    lines_ = (end_ - row_) * ((width_ + 31) / 32);
+  }
+  int64_t lines() const { return lines_; }
+  void touch(int64_t lines) {
+    for (; lines > 0 && row_ < end_; --lines) {
+      _mm_prefetch(reinterpret_cast<const char*>(row_of(source_, row_) + column_ + at_), _MM_HINT_T1);
+      at_ += 32;
+      if (at_ >= width_) at_ = 0, ++row_;
+    }
+  }
+
+ private:
+  Source source_{};
+  int64_t row_ = 0, end_ = 0, column_ = 0, width_ = 0, at_ = 0, lines_ = 0;
+};
+
+// c[32][32] (+)= a block of rows times a block of pairs.
+inline void multiply(const bf16* a_low, const bf16* a_high, const bf16* b_low, const bf16* b_high, int64_t tiles,
+                     bool accumulate, float* c, Prefetch& next, int64_t lines_a_tile) {
+  constexpr int kBytes = kBlock * sizeof(float);
+  if (accumulate) {
+    _tile_loadd(0, c, kBytes);
+    _tile_loadd(1, c + kHalf, kBytes);
+    _tile_loadd(2, c + kHalf * kBlock, kBytes);
+    _tile_loadd(3, c + kHalf * kBlock + kHalf, kBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    _tile_loadd(4, a_low, 64);
+    _tile_loadd(6, b_low, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b_high, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a_high, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    a_low += kTileElements, a_high += kTileElements, b_low += kTileElements, b_high += kTileElements;
+    next.touch(lines_a_tile);
+  }
+  _tile_stored(0, c, kBytes);
+  _tile_stored(1, c + kHalf, kBytes);
+  _tile_stored(2, c + kHalf * kBlock, kBytes);
+  _tile_stored(3, c + kHalf * kBlock + kHalf, kBytes);
+}
+
+// A packed panel and the part of it that a strip meets: `tile` of `tiles` along k.
+struct Panel {
+  const bf16* data;
+  int64_t blocks;
+  int64_t tiles;
+};
+
+struct NoFinish {
+  void operator()(int64_t, float*) const {}
+};
+
+// A strip: up to 32 outer of an operand, k from k to k + depth.
+struct Strip {
+  Source source;
+  int64_t outer, count, k, depth;
+};
+
+// A strip times every block of a panel, whose tiles from `first_tile` on stand for the same k. kStrip is the form of the
+// strip; the panel has the other one. Block b of the result is at c + b * kBlockFloats; finish(b, c) is called when it is
+// complete, while it is in L1. `next` is the strip that will be asked for after this one; its lines are fetched meanwhile.
+template <Form kStrip, class Finish>
+inline void multiply_strip(const Strip& strip, const Strip& next, const Panel& panel, int64_t first_tile,
+                           bool accumulate, bf16* buffer, float* c, const Finish& finish) {
+  for (int64_t at = 0; at < strip.depth; at += kStripDepth) {
+    const int64_t part = smaller(kStripDepth, strip.depth - at), tiles = tiles_of(part);
+    const bool last = at + part == strip.depth;
+    const Strip& then = last ? next : strip;
+    const int64_t then_at = last ? 0 : at + part;
+    Prefetch prefetch(then.source, then.outer, then.count, then.k + then_at, smaller(kStripDepth, then.depth - then_at));
+    const int64_t lines = prefetch.lines() / (panel.blocks * tiles) + 1;
+    bf16* high = buffer + tiles * kTileElements;
+    pack_block<kStrip>(strip.source, strip.outer, strip.count, strip.k + at, part, buffer, high);
+    const bf16* p = panel.data + (first_tile + at / kTileDepth) * kTileElements;
+    for (int64_t b = 0; b < panel.blocks; ++b, p += 2 * panel.tiles * kTileElements) {
+      const bf16* p_high = p + panel.tiles * kTileElements;
+      float* out = c + b * kBlockFloats;
+      const bool add = accumulate || at > 0;
+      if (kStrip == Form::kRows) {
+        multiply(buffer, high, p, p_high, tiles, add, out, prefetch, lines);
+      } else {
+        multiply(p, p_high, buffer, high, tiles, add, out, prefetch, lines);
+      }
+      if (last) finish(b, out);
+    }
+  }
+}
+
+// ---- what a finished block becomes
+
+inline void store_row(bf16* to, __m512i row, int64_t columns, bool stream) {
+  if (stream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), row);
+  } else {
+    _mm512_mask_storeu_epi16(to, first_of_32(columns), row);
+  }
+}
+
+// Rows and columns of the output that exist; `row(i)` is where row i of the block goes. Streaming stores go around the
+// caches: only for whole, aligned rows, and only into memory that is mapped (a page fault costs more than they gain).
+template <class Row>
+inline void store_block(const float* c, int64_t rows, int64_t columns, bool stream, const Row& row) {
+  const bool whole = stream && columns == kBlock;
+  for (int64_t i = 0; i < rows; ++i, c += kBlock) {
+    store_row(row(i), to_row(_mm512_load_ps(c), _mm512_load_ps(c + kHalf)), columns, whole);
+  }
+}
+
+// The pairs (rows 2p, 2p + 1 of the block) for columns half * 16 ...: a tile of the form kPairs, of the transpose.
+inline void to_pairs_of_rows(const float* c, int64_t half, __m512i (&r)[16]) {
+#pragma GCC unroll 16
+  for (int p = 0; p < 16; ++p) {
+    r[p] = to_pairs(_mm512_load_ps(c + 2 * p * kBlock + half * kHalf),
+                    _mm512_load_ps(c + (2 * p + 1) * kBlock + half * kHalf));
+  }
+}
+
+// Stores the block's transpose: `rows` of the output are columns of the block.
+template <class Row>
+inline void store_transposed(const float* c, int64_t rows, int64_t columns, bool stream, const Row& row) {
+  const bool whole = stream && columns == kBlock;
+  for (int64_t half = 0; half < 2 && half * kHalf < rows; ++half) {
+    __m512i r[16];
+    to_pairs_of_rows(c, half, r);
+    transpose(r);
+    const int64_t count = smaller(kHalf, rows - half * kHalf);
+    for (int64_t i = 0; i < count; ++i) store_row(row(half * kHalf + i), r[i], columns, whole);
+  }
+}
+
+}  // namespace
+}  // namespace moetrain::amx
