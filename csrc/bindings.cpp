@@ -39,6 +39,9 @@ TORCH_LIBRARY(moetrain, m) {
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor grad, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor x, Tensor tokens_per_expert) -> Tensor");
+  m.def("gathered_grouped_gemm(Tensor x, Tensor w, Tensor row_source, Tensor tokens_per_expert) -> Tensor");
+  m.def(
+      "grouped_gemm_wgrad_out(Tensor grad, Tensor x, Tensor tokens_per_expert, Tensor(a!) out, bool accumulate) -> ()");
 
   // z is the output of fc1, kept for the backward when save is set, else empty.
   m.def(

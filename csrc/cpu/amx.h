@@ -51,8 +51,6 @@ class TileRegisters {
 
 using Source = Operand<bf16>;
 
-inline const bf16* row_of(const Source& x, int64_t i) { return x.data + (x.index ? x.index[i] : i) * x.stride; }
-
 inline __mmask32 first_of_32(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << (count < 0 ? 0 : count)) - 1);
 }
@@ -129,7 +127,7 @@ enum class Form { kRows, kPairs };
 template <Form kForm>
 inline void pack_half_contiguous(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* to) {
   const bf16* row[kHalf];
-  for (int i = 0; i < kHalf; ++i) row[i] = i < count ? row_of(x, outer + i) + k : x.data;
+  for (int i = 0; i < kHalf; ++i) row[i] = i < count ? x.row(outer + i) + k : x.data;
   for (int64_t at = 0; at < depth; at += kTileDepth, to += kTileElements) {
     const __mmask32 inside = first_of_32(depth - at);
     __m512i r[16];
@@ -151,8 +149,8 @@ inline void pack_block_strided(const Source& x, int64_t outer, int64_t count, in
     for (int p = 0; p < 16; ++p) {
       const int64_t even = at + 2 * p;
       const bool has_even = even < depth, has_odd = even + 1 < depth;
-      const bf16* from_even = has_even ? row_of(x, k + even) + outer : x.data;
-      const bf16* from_odd = has_odd ? row_of(x, k + even + 1) + outer : x.data;
+      const bf16* from_even = has_even ? x.row(k + even) + outer : x.data;
+      const bf16* from_odd = has_odd ? x.row(k + even + 1) + outer : x.data;
       const __m512i first = _mm512_maskz_loadu_epi16(has_even ? inside : 0, from_even);
       const __m512i second = _mm512_maskz_loadu_epi16(has_odd ? inside : 0, from_odd);
       r_low[p] = interleave_low(first, second);
@@ -204,7 +202,7 @@ class Prefetch {
   int64_t lines() const { return lines_; }
   void touch(int64_t lines) {
     for (; lines > 0 && row_ < end_; --lines) {
-      _mm_prefetch(reinterpret_cast<const char*>(row_of(source_, row_) + column_ + at_), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(source_.row(row_) + column_ + at_), _MM_HINT_T1);
       at_ += 32;
       if (at_ >= width_) at_ = 0, ++row_;
     }

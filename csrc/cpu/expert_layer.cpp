@@ -74,7 +74,7 @@ Layer check(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
   check_dtype(tokens_per_expert, at::kLong, op, "tokens_per_expert");
   MOETRAIN_CHECK(tokens_per_expert.size(0) == l.E, op, ": tokens_per_expert has ", tokens_per_expert.size(0),
                  " entries for ", l.E, " experts");
-  l.first = first_rows(tokens_per_expert, l.E, l.R, op);
+  l.first = first_rows(tokens_per_expert, l.R, op);
   l.row_slot = slots_of_rows(l.slot_row, l.R, op);
   for (int64_t r = 0; r < l.R; ++r) {
     MOETRAIN_CHECK(l.token()[r] == l.row_slot[r] / l.K, op, ": row_token[", r, "] is ", l.token()[r],

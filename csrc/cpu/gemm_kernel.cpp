@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "cpu/gemm_tile.h"
 
@@ -83,11 +84,11 @@ inline Float4 load4(const bf16* p) {
 
 inline void store4(float* p, Float4 v) { std::memcpy(p, &v, sizeof v); }
 
-// to[k * width + i] = from[i * stride + k] for a block of 4 x 4.
+// to[j * width + i] = rows[i][k + j] for a block of 4 x 4.
 template <class T>
-inline void transpose4(const T* from, int64_t stride, float* to, int64_t width) {
-  const Float4 r0 = load4(from), r1 = load4(from + stride);
-  const Float4 r2 = load4(from + 2 * stride), r3 = load4(from + 3 * stride);
+inline void transpose4(const T* const* rows, int64_t k, float* to, int64_t width) {
+  const Float4 r0 = load4(rows[0] + k), r1 = load4(rows[1] + k);
+  const Float4 r2 = load4(rows[2] + k), r3 = load4(rows[3] + k);
   const Float4 low01 = __builtin_shuffle(r0, r1, Int4{0, 4, 1, 5}), low23 = __builtin_shuffle(r2, r3, Int4{0, 4, 1, 5});
   const Float4 top01 = __builtin_shuffle(r0, r1, Int4{2, 6, 3, 7}), top23 = __builtin_shuffle(r2, r3, Int4{2, 6, 3, 7});
   store4(to, __builtin_shuffle(low01, low23, Int4{0, 1, 4, 5}));
@@ -96,26 +97,31 @@ inline void transpose4(const T* from, int64_t stride, float* to, int64_t width) 
   store4(to + 3 * width, __builtin_shuffle(top01, top23, Int4{2, 3, 6, 7}));
 }
 
-// One panel: to[k][i] for i < width and k < depth, zero where i >= count. `from` is element (0, 0).
+// One panel of count rows of x: to[k][i] for i < width and k < depth, zero where i >= count.
 template <class T>
-void pack_transposing(const T* from, int64_t stride, int64_t count, int64_t depth, int64_t width, float* to) {
+void pack_transposing(const Operand<T>& x, int64_t outer, int64_t count, int64_t first_k, int64_t depth,
+                      int64_t width, float* to) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    const T* row = from + i * stride;
+    const T* rows[4];
+    for (int64_t j = 0; j < 4; ++j) rows[j] = x.row(outer + i + j) + first_k;
     int64_t k = 0;
-    for (; k + 4 <= depth; k += 4) transpose4(row + k, stride, to + k * width + i, width);
+    for (; k + 4 <= depth; k += 4) transpose4(rows, k, to + k * width + i, width);
     for (; k < depth; ++k) {
-      for (int64_t j = 0; j < 4; ++j) to[k * width + i + j] = to_float(row[j * stride + k]);
+      for (int64_t j = 0; j < 4; ++j) to[k * width + i + j] = to_float(rows[j][k]);
     }
   }
   for (; i < width; ++i) {
-    for (int64_t k = 0; k < depth; ++k) to[k * width + i] = i < count ? to_float(from[i * stride + k]) : 0.0f;
+    const T* row = i < count ? x.row(outer + i) + first_k : nullptr;
+    for (int64_t k = 0; k < depth; ++k) to[k * width + i] = row ? to_float(row[k]) : 0.0f;
   }
 }
 
 template <class T>
-void pack_copying(const T* from, int64_t stride, int64_t count, int64_t depth, int64_t width, float* to) {
-  for (int64_t k = 0; k < depth; ++k, from += stride, to += width) {
+void pack_copying(const Operand<T>& x, int64_t outer, int64_t count, int64_t first_k, int64_t depth, int64_t width,
+                  float* to) {
+  for (int64_t k = 0; k < depth; ++k, to += width) {
+    const T* from = x.row(first_k + k) + outer;
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) store4(to + i, load4(from + i));
     for (; i < width; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
@@ -125,9 +131,9 @@ void pack_copying(const T* from, int64_t stride, int64_t count, int64_t depth, i
 template <class T>
 void pack(const Operand<T>& x, int64_t outer, int64_t count, int64_t k, int64_t depth, int64_t width, float* to) {
   if (x.reduction_contiguous) {
-    pack_transposing(x.data + outer * x.stride + k, x.stride, count, depth, width, to);
+    pack_transposing(x, outer, count, k, depth, width, to);
   } else {
-    pack_copying(x.data + k * x.stride + outer, x.stride, count, depth, width, to);
+    pack_copying(x, outer, count, k, depth, width, to);
   }
 }
 
@@ -148,9 +154,9 @@ struct Task {
   int64_t group, row, rows, column, columns;
 };
 
-// c holds floats: the output itself, or scratch of the task when the output is bf16.
-template <class T>
-void run_task(const Gemm<T>& g, const Task& task, float* c, int64_t c_stride, Scratch& scratch) {
+// c holds floats: the output itself, or scratch of the task.
+template <class T, class Out>
+void run_task(const Gemm<T, Out>& g, const Task& task, float* c, int64_t c_stride, Scratch& scratch) {
   const Tile& t = tile();
   const int64_t padded_rows = (task.rows + t.rows - 1) / t.rows * t.rows;
   float* a = scratch.a.at_least(padded_rows * kBlockK);
@@ -176,21 +182,26 @@ void run_task(const Gemm<T>& g, const Task& task, float* c, int64_t c_stride, Sc
   }
 }
 
-void run_task_into(const Gemm<float>& g, const Task& task, Scratch& scratch) {
-  run_task(g, task, g.c + task.row * g.c_stride + task.column, g.c_stride, scratch);
-}
-
-void run_task_into(const Gemm<bf16>& g, const Task& task, Scratch& scratch) {
+template <class T, class Out>
+void run_task_into(const Gemm<T, Out>& g, const Task& task, Scratch& scratch) {
+  if constexpr (std::is_same_v<Out, float>) {
+    if (!g.accumulate && !g.c_index) {
+      run_task(g, task, g.c_row(task.row) + task.column, g.c_stride, scratch);
+      return;
+    }
+  }
   float* c = scratch.c.at_least(task.rows * task.columns);
   run_task(g, task, c, task.columns, scratch);
-  for (int64_t r = 0; r < task.rows; ++r) {
-    bf16* out = g.c + (task.row + r) * g.c_stride + task.column;
-    for (int64_t j = 0; j < task.columns; ++j) out[j] = from_float<bf16>(c[r * task.columns + j]);
+  for (int64_t r = 0; r < task.rows; ++r, c += task.columns) {
+    Out* out = g.c_row(task.row + r) + task.column;
+    for (int64_t j = 0; j < task.columns; ++j) {
+      out[j] = from_float<Out>(g.accumulate ? to_float(out[j]) + c[j] : c[j]);
+    }
   }
 }
 
-template <class T>
-std::vector<Task> cut(const std::vector<Gemm<T>>& groups, int64_t block_m, int64_t block_n) {
+template <class T, class Out>
+std::vector<Task> cut(const std::vector<Gemm<T, Out>>& groups, int64_t block_m, int64_t block_n) {
   std::vector<Task> tasks;
   for (size_t g = 0; g < groups.size(); ++g) {
     if (groups[g].k == 0) continue;
@@ -205,8 +216,8 @@ std::vector<Task> cut(const std::vector<Gemm<T>>& groups, int64_t block_m, int64
 }
 
 // Large blocks pack least; they shrink until every thread has a few. The cut changes no bit of the result.
-template <class T>
-std::vector<Task> cut_for(const std::vector<Gemm<T>>& groups, int threads) {
+template <class T, class Out>
+std::vector<Task> cut_for(const std::vector<Gemm<T, Out>>& groups, int threads) {
   int64_t block_m = kBlockM, block_n = kBlockN / tile().columns * tile().columns;
   std::vector<Task> tasks = cut(groups, block_m, block_n);
   const int64_t enough = threads == 1 ? 1 : 4 * threads;
@@ -221,17 +232,19 @@ std::vector<Task> cut_for(const std::vector<Gemm<T>>& groups, int threads) {
   return tasks;
 }
 
-template <class T>
-void zero_output(const Gemm<T>& g) {
-  for (int64_t r = 0; r < g.m; ++r) std::memset(g.c + r * g.c_stride, 0, g.n * sizeof(T));
+// An empty sum.
+template <class T, class Out>
+void write_zeros(const Gemm<T, Out>& g) {
+  if (g.accumulate) return;
+  for (int64_t r = 0; r < g.m; ++r) std::memset(g.c_row(r), 0, g.n * sizeof(Out));
 }
 
 }  // namespace
 
-template <class T>
-void grouped_gemm(const std::vector<Gemm<T>>& groups, int threads) {
-  for (const Gemm<T>& g : groups) {
-    if (g.k == 0) zero_output(g);
+template <class T, class Out>
+void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads) {
+  for (const Gemm<T, Out>& g : groups) {
+    if (g.k == 0) write_zeros(g);
   }
   const std::vector<Task> tasks = cut_for(groups, threads);
   const int64_t count = static_cast<int64_t>(tasks.size());
@@ -243,8 +256,9 @@ void grouped_gemm(const std::vector<Gemm<T>>& groups, int threads) {
   }
 }
 
-template void grouped_gemm<float>(const std::vector<Gemm<float>>&, int);
-template void grouped_gemm<bf16>(const std::vector<Gemm<bf16>>&, int);
+template void grouped_gemm(const std::vector<Gemm<float>>&, int);
+template void grouped_gemm(const std::vector<Gemm<bf16>>&, int);
+template void grouped_gemm(const std::vector<Gemm<bf16, float>>&, int);
 
 const char* gemm_isa() { return tile().isa; }
 

@@ -10,16 +10,19 @@
 namespace moetrain {
 
 // A matrix [outer][reduction]. Element (i, k) is data[i * stride + k] when the reduction axis is contiguous,
-// data[k * stride + i] otherwise. With an index, row r of memory is index[r] instead: a gather that costs nothing,
-// because operands are packed anyhow.
+// data[k * stride + i] otherwise. `index`, when given, names the physical row of a logical one, a row being what
+// `stride` steps over: data[index[i] * stride + k], or data[index[k] * stride + i].
 template <class T>
 struct Operand {
   const T* data;
   int64_t stride;
   bool reduction_contiguous;
   const int64_t* index = nullptr;
+
+  const T* row(int64_t r) const { return data + (index ? index[r] : r) * stride; }
 };
 
+// Out is T or float: a weight gradient of bf16 operands may be kept, and added to, in float.
 template <class T, class Out = T>
 struct Gemm {
   Operand<T> a;
@@ -27,12 +30,15 @@ struct Gemm {
   Out* c;  // [m][n], rows c_stride apart
   int64_t c_stride;
   int64_t m, n, k;
-  const int64_t* c_index = nullptr;  // row i goes to row c_index[i]
-  bool accumulate = false;           // c += instead of c =
+  const int64_t* c_index = nullptr;  // row i goes to row c_index[i] of c; no two to the same one
+  bool accumulate = false;           // c = c + product, the bits of that one sum, instead of c = product
+
+  Out* c_row(int64_t r) const { return c + (c_index ? c_index[r] : r) * c_stride; }
 };
 
-template <class T>
-void grouped_gemm(const std::vector<Gemm<T>>& groups, int threads);
+// No two groups may write the same element of c.
+template <class T, class Out>
+void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads);
 
 // "avx512", "avx2" or "base": what this CPU has, or less by MOETRAIN_CPU_ISA (for tests).
 const char* gemm_isa();

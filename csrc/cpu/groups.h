@@ -11,18 +11,17 @@
 
 namespace moetrain {
 
-// First row of every expert, and the total as the last entry.
-inline std::vector<int64_t> first_rows(const at::Tensor& tokens_per_expert, int64_t num_experts, int64_t rows,
-                                       const char* op) {
+// First row of every expert, and the total as the last entry: num_rows.
+inline std::vector<int64_t> first_rows(const at::Tensor& tokens_per_expert, int64_t num_rows, const char* op) {
   const at::Tensor counts = tokens_per_expert.contiguous();
   const int64_t* count = counts.const_data_ptr<int64_t>();
-  std::vector<int64_t> first(num_experts + 1, 0);
-  for (int64_t e = 0; e < num_experts; ++e) {
+  std::vector<int64_t> first(counts.numel() + 1, 0);
+  for (int64_t e = 0; e < counts.numel(); ++e) {
     MOETRAIN_CHECK(count[e] >= 0, op, ": tokens_per_expert[", e, "] is ", count[e]);
     first[e + 1] = first[e] + count[e];
   }
-  MOETRAIN_CHECK(first.back() == rows, op, ": tokens_per_expert sums to ", first.back(), ", there are ", rows,
-                 " rows");
+  MOETRAIN_CHECK(first.back() == num_rows, op, ": tokens_per_expert sums to ", first.back(), ", there are ",
+                 num_rows, " rows");
   return first;
 }
 
@@ -44,7 +43,8 @@ void multiply(const std::vector<Gemm<T, Out>>& groups, int threads) {
   grouped_gemm(groups, threads);
 }
 
-// The three products of one expert whose rows start at `first`; `token` maps rows to rows of x (or grad), or is null.
+// The three products of one expert whose rows start at `first`; `token` says which row of x (or grad) each one
+// is made from, or is null.
 // Weights are [E, N, K], nn.Linear's [out, in].
 template <class T>
 std::vector<Gemm<T>> fprop_groups(const T* x, const int64_t* token, const T* w, T* y, const std::vector<int64_t>& first,

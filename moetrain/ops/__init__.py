@@ -3,7 +3,12 @@ specification in :mod:`moetrain.ops.reference`. Depends on torch only, so other 
 
 from moetrain.ops.all_to_all import all_to_all
 from moetrain.ops.expert_layer import expert_layer
-from moetrain.ops.grouped_gemm import grouped_gemm, row_invariant_linear
+from moetrain.ops.grouped_gemm import (
+    gathered_grouped_gemm,
+    grouped_gemm,
+    grouped_gemm_wgrad_out,
+    row_invariant_linear,
+)
 from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_importance
 from moetrain.ops.library import ExtensionError, ExtensionInfo, extension_info
 from moetrain.ops.permute import (
@@ -28,7 +33,9 @@ __all__ = [
     "expert_layer",
     "extension_info",
     "gather_rows",
+    "gathered_grouped_gemm",
     "grouped_gemm",
+    "grouped_gemm_wgrad_out",
     "permute",
     "plan_permutation",
     "reorder_by_expert",

@@ -38,6 +38,34 @@ def grouped_gemm(x_RK: Tensor, w_ENK: Tensor, tokens_per_expert_E: Tensor) -> Te
     return _ops.grouped_gemm(x_RK, w_ENK, tokens_per_expert_E)
 
 
+def gathered_grouped_gemm(x_TK: Tensor, w_ENK: Tensor, row_source_R: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """``grouped_gemm(x_TK[row_source_R], ...)`` without the copy of the rows, to the bit. Not differentiable.
+
+    Args:
+        row_source_R: int64, the row of ``x_TK`` that row r is made from; sorted by expert of r. CUDA does not
+            check its range.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a row is not there.
+    """
+    return _ops.gathered_grouped_gemm(x_TK, w_ENK, row_source_R, tokens_per_expert_E)
+
+
+def grouped_gemm_wgrad_out(
+    grad_RN: Tensor, x_RK: Tensor, tokens_per_expert_E: Tensor, out_ENK: Tensor, accumulate: bool
+) -> None:
+    """Weight gradient of :func:`grouped_gemm` written, or added in one rounding, into a kept buffer.
+
+    Args:
+        out_ENK: contiguous; dtype of the rows, or float32, which takes the float32 sums as they are.
+        accumulate: add to what is there. Without it ``out_ENK`` is overwritten and never read.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    """
+    _ops.grouped_gemm_wgrad_out(grad_RN, x_RK, tokens_per_expert_E, out_ENK, accumulate)
+
+
 def row_invariant_linear(x_RK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``F.linear`` with the row invariance of :func:`grouped_gemm`: ``[..., K]`` -> ``[..., N]``."""
     rows = x_RK.reshape(-1, x_RK.size(-1))
@@ -59,6 +87,16 @@ def _dgrad_fake(grad: Tensor, w: Tensor, tokens_per_expert: Tensor) -> Tensor:
 @torch.library.register_fake("moetrain::grouped_gemm_wgrad")
 def _wgrad_fake(grad: Tensor, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
     return grad.new_empty(tokens_per_expert.size(0), grad.size(1), x.size(1))
+
+
+@torch.library.register_fake("moetrain::gathered_grouped_gemm")
+def _gathered_fake(x: Tensor, w: Tensor, row_source: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return x.new_empty(row_source.size(0), w.size(1))
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_wgrad_out")
+def _wgrad_out_fake(grad: Tensor, x: Tensor, tokens_per_expert: Tensor, out: Tensor, accumulate: bool) -> None:
+    return None
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -140,6 +140,37 @@ def test_weight_gradient_does_not_depend_on_the_number_of_threads():
     assert torch.equal(results[0], results[2])
 
 
+@by_case
+@by_dtype
+def test_gathering_while_multiplying_is_gathering_before(case, dtype):
+    x, w, counts = make(case, dtype)
+    tokens = torch.randn(max(x.size(0) // 2, 1), x.size(1)).to(dtype)
+    source = torch.randint(0, tokens.size(0), (x.size(0),))
+    together = ops.gathered_grouped_gemm(tokens, w, source, counts)
+    assert torch.equal(together, ops.grouped_gemm(tokens[source], w, counts))
+
+
+@by_case
+@by_dtype
+def test_a_kept_buffer_gets_the_weight_gradient_or_its_sum_to_the_bit(case, dtype):
+    x, w, counts = make(case, dtype)
+    grad = torch.randn(x.size(0), w.size(1)).to(dtype)
+    wanted = torch.ops.moetrain.grouped_gemm_wgrad(grad, x, counts)
+    kept = torch.full_like(wanted, float("nan"))
+    ops.grouped_gemm_wgrad_out(grad, x, counts, kept, accumulate=False)
+    assert torch.equal(kept, wanted)
+    wide = torch.full(wanted.shape, float("nan"))
+    ops.grouped_gemm_wgrad_out(grad, x, counts, wide, accumulate=False)
+    assert torch.equal(wide.to(dtype), wanted)
+    before = torch.randn(wanted.shape)
+    kept = before.clone()
+    ops.grouped_gemm_wgrad_out(grad, x, counts, kept, accumulate=True)
+    assert torch.equal(kept, before + wide)
+    kept = before.to(dtype, copy=True)
+    ops.grouped_gemm_wgrad_out(grad, x, counts, kept, accumulate=True)
+    assert torch.equal(kept, (before.to(dtype).float() + wide).to(dtype))
+
+
 def test_inputs_and_gradients_may_be_expanded_or_strided():
     x, w, counts = make("tails")
     strided_x = x.t().contiguous().t().requires_grad_()
@@ -190,6 +221,17 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         ops.grouped_gemm(x, w.bfloat16(), counts)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         ops.grouped_gemm(x.double(), w.double(), counts)
+    with pytest.raises(ValueError, match=r"row_source\[2\] is 61, x has 61 rows"):
+        ops.gathered_grouped_gemm(x, w, torch.tensor([0, 60, 61]), torch.tensor([3, 0, 0, 0]))
+    with pytest.raises(ValueError, match=r"row_source\[0\] is -1"):
+        ops.gathered_grouped_gemm(x, w, torch.tensor([-1]), torch.tensor([1, 0, 0, 0]))
+    with pytest.raises(ValueError, match="sums to 61, there are 1 rows"):
+        ops.gathered_grouped_gemm(x, w, torch.tensor([0]), counts)
+    grad = torch.randn(61, 33)
+    with pytest.raises(ValueError, match=r"out must be contiguous \[4, 33, 100\]"):
+        ops.grouped_gemm_wgrad_out(grad, x, counts, torch.empty(4, 100, 33).transpose(1, 2), accumulate=True)
+    with pytest.raises(ValueError, match="out must be Float or the dtype of grad, Float; it is BFloat16"):
+        ops.grouped_gemm_wgrad_out(grad, x, counts, torch.empty(4, 33, 100).bfloat16(), accumulate=True)
 
 
 def test_operators_obey_the_rules_of_the_dispatcher():
@@ -199,6 +241,11 @@ def test_operators_obey_the_rules_of_the_dispatcher():
     torch.library.opcheck(library.grouped_gemm.default, (x.requires_grad_(), w.requires_grad_(), counts))
     torch.library.opcheck(library.grouped_gemm_dgrad.default, (grad, w.detach(), counts))
     torch.library.opcheck(library.grouped_gemm_wgrad.default, (grad, x.detach(), counts))
+    source = torch.randint(0, x.size(0), (x.size(0),))
+    torch.library.opcheck(library.gathered_grouped_gemm.default, (x.detach(), w.detach(), source, counts))
+    for out in (torch.randn(w.shape), torch.randn(w.shape).bfloat16()):
+        rows = (grad.to(out.dtype), x.detach().to(out.dtype))
+        torch.library.opcheck(library.grouped_gemm_wgrad_out.default, (*rows, counts, out, True))
 
 
 NARROWER = """
