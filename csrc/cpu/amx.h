@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "cpu/gemm_kernel.h"
+#include "cpu/gemm_amx.h"
 
 namespace moetrain::amx {
 namespace {
@@ -48,8 +48,6 @@ class TileRegisters {
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
-
-using Source = Operand<bf16>;
 
 inline __mmask32 first_of_32(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << (count < 0 ? 0 : count)) - 1);
@@ -143,14 +141,15 @@ template <Form kForm>
 inline void pack_block_strided(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
                                bf16* high) {
   const __mmask32 inside = first_of_32(count);
+  const Source from = {{x.start(outer), x.stride, false, x.index}};
   for (int64_t at = 0; at < depth; at += kTileDepth, low += kTileElements, high += kTileElements) {
     __m512i r_low[16], r_high[16];
 #pragma GCC unroll 16
     for (int p = 0; p < 16; ++p) {
       const int64_t even = at + 2 * p;
       const bool has_even = even < depth, has_odd = even + 1 < depth;
-      const bf16* from_even = has_even ? x.row(k + even) + outer : x.data;
-      const bf16* from_odd = has_odd ? x.row(k + even + 1) + outer : x.data;
+      const bf16* from_even = has_even ? from.row(k + even) : x.data;
+      const bf16* from_odd = has_odd ? from.row(k + even + 1) : x.data;
       const __m512i first = _mm512_maskz_loadu_epi16(has_even ? inside : 0, from_even);
       const __m512i second = _mm512_maskz_loadu_epi16(has_odd ? inside : 0, from_odd);
       r_low[p] = interleave_low(first, second);
@@ -195,7 +194,8 @@ class Prefetch {
     if (x.reduction_contiguous) {
       row_ = outer, end_ = outer + count, column_ = k, width_ = depth;
     } else {
-      row_ = k, end_ = k + depth, column_ = outer, width_ = count;
+      source_.data = x.start(outer);
+      row_ = k, end_ = k + depth, width_ = count;
     }
     lines_ = (end_ - row_) * ((width_ + 31) / 32);
   }

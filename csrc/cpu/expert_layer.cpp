@@ -91,7 +91,9 @@ Layer check(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
 }
 
 #if defined(__x86_64__)
-bool use_amx(const Layer& l) { return l.x.scalar_type() == at::kBFloat16 && amx::available(); }
+bool use_amx(const Layer& l) {
+  return l.x.scalar_type() == at::kBFloat16 && amx::fits(l.F) && amx::available();
+}
 
 amx::ExpertLayer for_amx(const Layer& l) {
   return {l.T, l.K, l.R, l.E, l.D, l.F, data<bf16>(l.x), l.weight(), data<bf16>(l.fc1), data<bf16>(l.fc2),
@@ -127,58 +129,68 @@ std::tuple<Tensor, Tensor> forward(const Layer& l, bool save) {
 
 enum Wanted { kX, kWeights, kFc1, kFc2 };
 
+// Everything that backward writes, allocated: an unwanted gradient has no elements.
 struct Gradients {
-  Tensor x, weights, fc1, fc2;
+  Tensor x, weights, fc1, fc2, x_rows, z, weighted;
+
+  Gradients(const Layer& l, const std::array<bool, 4>& wanted) {
+    const auto like = l.x.options();
+    const auto make = [&](bool want, at::IntArrayRef shape) { return want ? at::empty(shape, like) : at::empty({0}, like); };
+    x = make(wanted[kX], {l.T, l.D});
+    x_rows = make(wanted[kX], {l.R, l.D});
+    fc1 = make(wanted[kFc1], l.fc1.sizes());
+    fc2 = make(wanted[kFc2], l.fc2.sizes());
+    z = at::empty({l.R, 2 * l.F}, like);
+    weighted = at::empty({l.R, l.F}, like);  // the activation times the row's weight
+    const bool dweights = wanted[kWeights] && l.weights.defined();
+    weights = dweights ? at::zeros(l.weights.sizes(), l.weights.options()) : at::empty({0}, like.dtype(at::kFloat));
+  }
 };
 
 template <class T>
-Gradients backward(const Layer& l, const Tensor& grad, const Tensor& z, const std::array<bool, 4>& wanted) {
-  const auto like = l.x.options();
-  const auto nothing = [&](const Tensor& t) { return at::empty({0}, t.options()); };
-  const bool dx = wanted[kX], dweights = wanted[kWeights] && l.weights.defined();
-  Gradients to;
-  to.weights = dweights ? at::zeros(l.weights.sizes(), l.weights.options())
-                        : at::empty({0}, like.dtype(at::kFloat));
-  const Tensor dz = at::empty({l.R, 2 * l.F}, like);
-  const Tensor weighted = at::empty({l.R, l.F}, like);  // the activation times the row's weight
-  const Tensor dx_rows = dx ? at::empty({l.R, l.D}, like) : nothing(l.x);
-  float* dw = dweights ? to.weights.data_ptr<float>() : nullptr;
-#if defined(__x86_64__)
-  if (use_amx(l)) {
-    const bool keep = wanted[kFc2];
-    amx::backward(for_amx(l), data<bf16>(grad), data<bf16>(z),
-                  {data<bf16>(dz), keep ? data<bf16>(weighted) : nullptr, dx ? data<bf16>(dx_rows) : nullptr, dw},
-                  l.threads());
-  } else
-#endif
-  {
-    multiply(dgrad_groups(data<T>(grad), l.token(), data<T>(l.fc2), data<T>(weighted), l.first, l.D, l.F),
-             l.threads());
-    swiglu_backward(data<T>(z), l.weight(), l.row_slot.data(), l.R, l.F, data<T>(weighted), data<T>(dz), dw,
-                    l.threads());
-    if (dx) {
-      multiply(dgrad_groups<T>(data<T>(dz), nullptr, data<T>(l.fc1), data<T>(dx_rows), l.first, 2 * l.F, l.D),
-               l.threads());
-    }
-  }
-  to.x = dx ? at::empty({l.T, l.D}, like) : nothing(l.x);
-  if (dx) {
-    combine_rows<T>(data<T>(dx_rows), nullptr, l.slot_row.const_data_ptr<int64_t>(), l.T, l.K, l.D, data<T>(to.x),
-                    num_threads(l.R * l.D));
-  }
+T* if_any(const Tensor& t) {
+  return t.numel() > 0 ? data<T>(t) : nullptr;
+}
+
+template <class T>
+void backward_of_experts(const Layer& l, const Tensor& grad, const Tensor& z, const Gradients& to) {
   // An expert without rows still has a gradient to write.
   const int threads = gemm_threads(std::max(l.R, l.E) * l.D * l.F);
-  to.fc2 = wanted[kFc2] ? at::empty(l.fc2.sizes(), like) : nothing(l.x);
-  if (wanted[kFc2]) {
-    multiply(wgrad_groups<T, T>(data<T>(grad), l.token(), data<T>(weighted), nullptr, data<T>(to.fc2), l.first, l.D,
+#if defined(__x86_64__)
+  if (use_amx(l)) {
+    amx::backward(for_amx(l), data<bf16>(grad), data<bf16>(z),
+                  {if_any<bf16>(to.x_rows), if_any<float>(to.weights), if_any<bf16>(to.fc1), if_any<bf16>(to.fc2),
+                   data<bf16>(to.z), to.fc2.numel() > 0 ? data<bf16>(to.weighted) : nullptr},
+                  threads);
+    return;
+  }
+#endif
+  multiply(dgrad_groups(data<T>(grad), l.token(), data<T>(l.fc2), data<T>(to.weighted), l.first, l.D, l.F), threads);
+  swiglu_backward(data<T>(z), l.weight(), l.row_slot.data(), l.R, l.F, data<T>(to.weighted), data<T>(to.z),
+                  if_any<float>(to.weights), threads);
+  if (to.x_rows.numel() > 0) {
+    multiply(dgrad_groups<T>(data<T>(to.z), nullptr, data<T>(l.fc1), data<T>(to.x_rows), l.first, 2 * l.F, l.D),
+             threads);
+  }
+  if (to.fc2.numel() > 0) {
+    multiply(wgrad_groups<T, T>(data<T>(grad), l.token(), data<T>(to.weighted), nullptr, data<T>(to.fc2), l.first, l.D,
                                 l.F, false),
              threads);
   }
-  to.fc1 = wanted[kFc1] ? at::empty(l.fc1.sizes(), like) : nothing(l.x);
-  if (wanted[kFc1]) {
-    multiply(wgrad_groups<T, T>(data<T>(dz), nullptr, data<T>(l.x), l.token(), data<T>(to.fc1), l.first, 2 * l.F, l.D,
-                                false),
+  if (to.fc1.numel() > 0) {
+    multiply(wgrad_groups<T, T>(data<T>(to.z), nullptr, data<T>(l.x), l.token(), data<T>(to.fc1), l.first, 2 * l.F,
+                                l.D, false),
              threads);
+  }
+}
+
+template <class T>
+Gradients backward(const Layer& l, const Tensor& grad, const Tensor& z, const std::array<bool, 4>& wanted) {
+  const Gradients to(l, wanted);
+  backward_of_experts<T>(l, grad, z, to);
+  if (wanted[kX]) {
+    combine_rows<T>(data<T>(to.x_rows), nullptr, l.slot_row.const_data_ptr<int64_t>(), l.T, l.K, l.D, data<T>(to.x),
+                    num_threads(l.R * l.D));
   }
   return to;
 }

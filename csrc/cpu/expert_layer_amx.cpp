@@ -15,8 +15,15 @@ constexpr int64_t kChunkBytes = 5 << 18;
 constexpr int64_t kMaxChunk = 512, kMinChunk = 64;
 
 struct Chunk {
-  int64_t expert, row, rows;
+  int64_t expert, row, rows;  // rows row, row + 1, ... of all
+  int64_t before, of;         // rows of the expert before it, and in all
 };
+
+// The chunk's part of the panel that holds columns f, f + 1, ... of a matrix of `width` columns.
+template <class T>
+T* panel_of(T* matrix, const Chunk& c, int64_t width, int64_t f) {
+  return matrix + (c.row - c.before) * width + f * c.of + c.before * kPanelColumns;
+}
 
 struct Buffers {
   Scratch strip, input, hidden, sums, dots;
@@ -36,7 +43,7 @@ std::vector<Chunk> cut(const ExpertLayer& l, int64_t bytes_a_row, int threads) {
     const int64_t parts = (count + rows - 1) / rows;
     const int64_t even = ((count + parts - 1) / parts + kBlock - 1) / kBlock * kBlock;
     for (int64_t r = l.first_row[e]; r < l.first_row[e + 1]; r += even) {
-      chunks.push_back({e, r, smaller(even, l.first_row[e + 1] - r)});
+      chunks.push_back({e, r, smaller(even, l.first_row[e + 1] - r), r - l.first_row[e], count});
     }
   }
   return chunks;
@@ -72,12 +79,13 @@ struct SwiGLU {
   const float* gates;  // blocks of the gate strip
   const Chunk& chunk;
   int64_t f, width;
-  bf16* z;        // rows of the chunk, or null
+  bf16* z;        // or null
+  bool stream;    // z
   bf16* hidden;   // panel of pairs
   int64_t tiles;  // of the panel along F
 
   void operator()(int64_t block, const float* ups) const {
-    const int64_t rows = smaller(kBlock, chunk.rows - block * kBlock), columns = smaller(kBlock, width - f);
+    const int64_t rows = smaller(kBlock, chunk.rows - block * kBlock);
     for (int64_t half = 0; half < 2; ++half) {
       __m512i gate[16], up[16];
       to_pairs_of_rows(gates + block * kBlockFloats, half, gate);
@@ -92,18 +100,20 @@ struct SwiGLU {
       if (z && half * kHalf < rows) {
         transpose(gate);
         transpose(up);
-        const int64_t count = smaller(kHalf, rows - half * kHalf);
-        bf16* row = z + (block * kBlock + half * kHalf) * 2 * width + f;
-        for (int64_t i = 0; i < count; ++i, row += 2 * width) {
-          store_row(row, gate[i], columns, false);
-          store_row(row + width, up[i], columns, false);
+        const int64_t count = smaller(kHalf, rows - half * kHalf), first = block * kBlock + half * kHalf;
+        bf16* to_gate = panel_of(z, chunk, 2 * width, f) + first * kPanelColumns;
+        bf16* to_up = panel_of(z, chunk, 2 * width, width + f) + first * kPanelColumns;
+        for (int64_t i = 0; i < count; ++i) {
+          store_row(to_gate + i * kPanelColumns, gate[i], kPanelColumns, stream);
+          store_row(to_up + i * kPanelColumns, up[i], kPanelColumns, stream);
         }
       }
     }
   }
 };
 
-void forward_chunk(const ExpertLayer& l, const Chunk& chunk, bf16* z, bf16* out, Buffers& buffers) {
+void forward_chunk(const ExpertLayer& l, const Chunk& chunk, bf16* z, bool stream, bf16* out,
+                   Buffers& buffers) {
   const int64_t D = l.hidden, F = l.width, blocks = blocks_of(chunk.rows);
   const int64_t tiles_d = tiles_of(D), tiles_f = tiles_of(F);
   bf16* const strip = buffers.strip.at_least<bf16>(kBlock * kStripDepth);
@@ -112,20 +122,19 @@ void forward_chunk(const ExpertLayer& l, const Chunk& chunk, bf16* z, bf16* out,
   float* const gates = buffers.sums.at_least<float>(2 * blocks * kBlockFloats);
   float* const ups = gates + blocks * kBlockFloats;
 
-  const Source x = {l.x, D, true, l.row_token + chunk.row};
+  const Source x = {{l.x, D, true, l.row_token + chunk.row}};
   pack_panel<Form::kPairs>(x, 0, chunk.rows, 0, D, input);
-  const Source fc1 = {l.fc1 + chunk.expert * 2 * F * D, D, true};
+  const Source fc1 = {{l.fc1 + chunk.expert * 2 * F * D, D, true}};
   const Panel inputs = {input, blocks, tiles_d};
-  bf16* const z_rows = z ? z + chunk.row * 2 * F : nullptr;
   const auto gate_strip = [&](int64_t f) { return Strip{fc1, f, smaller(kBlock, F - f), 0, D}; };
   const auto up_strip = [&](int64_t f) { return Strip{fc1, F + f, smaller(kBlock, F - f), 0, D}; };
   for (int64_t f = 0; f < F; f += kBlock) {
     multiply_strip<Form::kRows>(gate_strip(f), up_strip(f), inputs, 0, false, strip, gates, NoFinish{});
     multiply_strip<Form::kRows>(up_strip(f), gate_strip(f + kBlock), inputs, 0, false, strip, ups,
-                                SwiGLU{gates, chunk, f, F, z_rows, hidden, tiles_f});
+                                SwiGLU{gates, chunk, f, F, z, stream, hidden, tiles_f});
   }
 
-  const Source fc2 = {l.fc2 + chunk.expert * D * F, F, true};
+  const Source fc2 = {{l.fc2 + chunk.expert * D * F, F, true}};
   const Panel activations = {hidden, blocks, tiles_f};
   const auto out_strip = [&](int64_t d) { return Strip{fc2, d, smaller(kBlock, D - d), 0, F}; };
   for (int64_t d = 0; d < D; d += kBlock) {
@@ -146,17 +155,21 @@ struct SwiGLUBackward {
   const ExpertLayer& layer;
   const Chunk& chunk;
   int64_t f;
-  const bf16* z;   // rows of the chunk
-  bf16* dz;        // likewise
-  bf16* weighted;  // likewise, or null
+  const bf16* z;
+  bf16* dz;
+  bf16* weighted;  // or null
   bf16* panel;     // dz as rows: tiles of gate, then of up
   int64_t tiles;   // of F; the panel has twice as many
   float* dots;     // 16 partial sums a row
 
   void operator()(int64_t block, const float* c) const {
-    const int64_t F = layer.width, columns = smaller(kBlock, F - f);
-    const __mmask32 inside = first_of_32(columns);
-    const int64_t rows = smaller(kBlock, chunk.rows - block * kBlock);
+    const int64_t F = layer.width, first = block * kBlock;
+    const int64_t rows = smaller(kBlock, chunk.rows - first);
+    const auto at = [&](auto* matrix, int64_t width, int64_t column) {
+      return panel_of(matrix, chunk, width, column) + first * kPanelColumns;
+    };
+    const bf16 *gates = at(z, 2 * F, f), *ups = at(z, 2 * F, F + f);
+    bf16 *dgates = at(dz, 2 * F, f), *dups = at(dz, 2 * F, F + f), *activations = at(weighted, F, f);
     for (int64_t i = 0; i < kBlock; ++i, c += kBlock) {
       bf16* to = panel + ((2 * block + i / kHalf) * 2 * tiles + f / kTileDepth) * kTileElements + i % kHalf * 32;
       if (i >= rows) {  // the panel is read whole
@@ -164,20 +177,17 @@ struct SwiGLUBackward {
         _mm512_store_si512(to + tiles * kTileElements, _mm512_setzero_si512());
         continue;
       }
-      const int64_t r = block * kBlock + i;
-      const __m512i gate = _mm512_maskz_loadu_epi16(inside, z + r * 2 * F + f);
-      const __m512i up = _mm512_maskz_loadu_epi16(inside, z + r * 2 * F + F + f);
+      const int64_t r = first + i, column = i * kPanelColumns;
+      const __m512i gate = _mm512_loadu_si512(gates + column), up = _mm512_loadu_si512(ups + column);
       const float w = layer.weights ? layer.weights[layer.row_slot[chunk.row + r]] : 1.0f;
       const Half low = half(low_half(gate), low_half(up), _mm512_load_ps(c), w);
       const Half high = half(high_half(gate), high_half(up), _mm512_load_ps(c + kHalf), w);
       const __m512i dgate = to_row(low.dgate, high.dgate), dup = to_row(low.dup, high.dup);
       _mm512_store_si512(to, dgate);
       _mm512_store_si512(to + tiles * kTileElements, dup);
-      _mm512_mask_storeu_epi16(dz + r * 2 * F + f, inside, dgate);
-      _mm512_mask_storeu_epi16(dz + r * 2 * F + F + f, inside, dup);
-      if (weighted) {
-        _mm512_mask_storeu_epi16(weighted + r * F + f, inside, to_row(low.weighted, high.weighted));
-      }
+      _mm512_storeu_si512(dgates + column, dgate);
+      _mm512_storeu_si512(dups + column, dup);
+      if (weighted) _mm512_storeu_si512(activations + column, to_row(low.weighted, high.weighted));
       float* dot = dots + r * 16;
       _mm512_store_ps(dot, _mm512_add_ps(_mm512_load_ps(dot), _mm512_add_ps(low.dot, high.dot)));
     }
@@ -215,16 +225,15 @@ void backward_chunk(const ExpertLayer& l, const Chunk& chunk, const bf16* grad, 
   float* const dots = buffers.dots.at_least<float>(chunk.rows * 16);
   __builtin_memset(dots, 0, chunk.rows * 16 * sizeof(float));
 
-  const Source gradients = {grad, D, true, l.row_token + chunk.row};
+  const Source gradients = {{grad, D, true, l.row_token + chunk.row}};
   pack_panel<Form::kRows>(gradients, 0, chunk.rows, 0, D, input);
-  const Source fc2 = {l.fc2 + chunk.expert * D * F, F, false};
+  const Source fc2 = {{l.fc2 + chunk.expert * D * F, F, false}};
   const Panel inputs = {input, blocks, tiles_d};
   const auto strip_at = [&](int64_t f) { return Strip{fc2, f, smaller(kBlock, F - f), 0, D}; };
   for (int64_t f = 0; f < F; f += kBlock) {
     multiply_strip<Form::kPairs>(
         strip_at(f), strip_at(f + kBlock), inputs, 0, false, strip, sums,
-        SwiGLUBackward{l, chunk, f, z + chunk.row * 2 * F, to.dz + chunk.row * 2 * F,
-                       to.weighted ? to.weighted + chunk.row * F : nullptr, hidden, tiles_f, dots});
+        SwiGLUBackward{l, chunk, f, z, to.dz, to.weighted, hidden, tiles_f, dots});
   }
   if (to.dweights) {
     for (int64_t r = 0; r < chunk.rows; ++r) to.dweights[l.row_slot[chunk.row + r]] = sum_of_16(dots + r * 16);
@@ -232,8 +241,8 @@ void backward_chunk(const ExpertLayer& l, const Chunk& chunk, const bf16* grad, 
   if (!to.dx_rows) return;
 
   // dz fc1 in two parts, because gate and up are padded to whole tiles each.
-  const Source gate = {l.fc1 + chunk.expert * 2 * F * D, D, false};
-  const Source up = {gate.data + F * D, D, false};
+  const Source gate = {{l.fc1 + chunk.expert * 2 * F * D, D, false}};
+  const Source up = {{gate.data + F * D, D, false}};
   const Panel dz = {hidden, blocks, 2 * tiles_f};
   const auto gate_strip = [&](int64_t d) { return Strip{gate, d, smaller(kBlock, D - d), 0, F}; };
   const auto up_strip = [&](int64_t d) { return Strip{up, d, smaller(kBlock, D - d), 0, F}; };
@@ -261,19 +270,44 @@ void for_chunks(const std::vector<Chunk>& chunks, int threads, const Run& run) {
     const TileRegisters tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < count; ++i) run(chunks[i], my_buffers());
+    _mm_sfence();  // streaming stores are weakly ordered
   }
+}
+
+// dfc1 = sum over rows of dz[r]^T x[token of r], and dfc2 of grad[token of r]^T weighted[r].
+void weight_gradients(const ExpertLayer& l, const bf16* grad, const ExpertLayerGradients& to, int threads) {
+  const int64_t D = l.hidden, F = l.width;
+  std::vector<Product<bf16>> fc1, fc2;
+  for (int64_t e = 0; e < l.experts; ++e) {
+    const int64_t r = l.first_row[e], rows = l.first_row[e + 1] - r, panel = rows * kPanelColumns;
+    const Source tokens = {{l.x, D, false, l.row_token + r}}, gradients = {{grad, D, false, l.row_token + r}};
+    if (to.dfc1) {
+      const Source dz = {{to.dz + r * 2 * F, kPanelColumns, false}, panel};
+      fc1.push_back({dz, tokens, to.dfc1 + e * 2 * F * D, D, 2 * F, D, rows});
+    }
+    if (to.dfc2) {
+      const Source weighted = {{to.weighted + r * F, kPanelColumns, false}, panel};
+      fc2.push_back({gradients, weighted, to.dfc2 + e * D * F, F, D, F, rows});
+    }
+  }
+  grouped_gemm(fc1, threads);
+  grouped_gemm(fc2, threads);
 }
 
 }  // namespace
 
 void forward(const ExpertLayer& l, bf16* z, bf16* out, int threads) {
+  const size_t bytes = l.rows * 2 * l.width * sizeof(bf16);
+  constexpr size_t kFitsTheCaches = 4 << 20;
+  const bool stream = z && bytes > kFitsTheCaches && reinterpret_cast<uintptr_t>(z) % 64 == 0 && is_mapped(z, bytes);
   const auto chunks = cut(l, 2 * (l.hidden + l.width), threads);
-  for_chunks(chunks, threads, [&](const Chunk& c, Buffers& buffers) { forward_chunk(l, c, z, out, buffers); });
+  for_chunks(chunks, threads, [&](const Chunk& c, Buffers& buffers) { forward_chunk(l, c, z, stream, out, buffers); });
 }
 
 void backward(const ExpertLayer& l, const bf16* grad, const bf16* z, const ExpertLayerGradients& to, int threads) {
   const auto chunks = cut(l, 2 * (l.hidden + 2 * l.width), threads);
   for_chunks(chunks, threads, [&](const Chunk& c, Buffers& buffers) { backward_chunk(l, c, grad, z, to, buffers); });
+  weight_gradients(l, grad, to, threads);
 }
 
 }  // namespace moetrain::amx

@@ -19,18 +19,27 @@ struct ExpertLayer {
   const int64_t* first_row;     // [E + 1]
 };
 
-// z [R, 2F] (fc1's output; null: not kept) and out [R, D] (the experts' outputs, in the order of the rows).
+// Matrices over rows that only this layer reads (z, dz, weighted) lie as panels: expert by expert, of an expert 32
+// columns at a time, of these row by row. Neighbouring rows are then neighbours in memory, for a product over a chunk of
+// rows and for a sum over all of them; in plain rows of 2F each access would open another page.
+inline const int64_t kPanelColumns = 32;
+
+// Whether the layer has whole panels.
+inline bool fits(int64_t width) { return width % kPanelColumns == 0; }
+
+// z [R, 2F] (fc1's output in panels; null: not kept) and out [R, D] (the experts' outputs, in the order of the rows).
 void forward(const ExpertLayer& layer, bf16* z, bf16* out, int threads);
 
-// What backward writes; a null pointer is not computed, except dz and weighted, which it needs itself.
+// Null: not wanted.
 struct ExpertLayerGradients {
-  bf16* dz;           // [R, 2F] scratch: gradient of z
-  bf16* weighted;     // [R, F] scratch: the activation times the row's weight; null without dfc2
   bf16* dx_rows;      // [R, D]
   float* dweights;    // [T, K], zeroed by the caller
+  bf16* dfc1;         // [E, 2F, D]
+  bf16* dfc2;         // [E, D, F]
+  bf16* dz;           // scratch of [R, 2F]
+  bf16* weighted;     // scratch of [R, F]: the activation times the row's weight; only for dfc2
 };
 
-// Everything but the two weight gradients, which are grouped products of dz, weighted, x and grad.
 void backward(const ExpertLayer& layer, const bf16* grad, const bf16* z, const ExpertLayerGradients& to, int threads);
 
 }  // namespace moetrain::amx

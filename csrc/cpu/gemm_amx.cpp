@@ -29,7 +29,7 @@ struct Buffers {
 
 // The panel: rows of tokens where there are such, because weights are large and pass by once.
 template <class Out>
-bool strip_is_a(const Gemm<bf16, Out>& g) {
+bool strip_is_a(const Product<Out>& g) {
   return !g.a.reduction_contiguous;
 }
 
@@ -40,7 +40,7 @@ Plan plan_for(int64_t k, bool wgrad) {
 }
 
 template <class Out>
-void add_tasks(const Gemm<bf16, Out>& g, int64_t group, const Plan& plan, std::vector<Task>& tasks) {
+void add_tasks(const Product<Out>& g, int64_t group, const Plan& plan, std::vector<Task>& tasks) {
   const int64_t panels = strip_is_a(g) ? g.n : g.m, strips = strip_is_a(g) ? g.m : g.n;
   for (int64_t p = 0; p < panels; p += plan.panel) {
     for (int64_t s = 0; s < strips;) {
@@ -53,7 +53,7 @@ void add_tasks(const Gemm<bf16, Out>& g, int64_t group, const Plan& plan, std::v
 
 // Large pieces pack least; they shrink until every thread has a few. No bit of the result depends on it.
 template <class Out>
-std::vector<Task> cut(const std::vector<Gemm<bf16, Out>>& groups, int threads, std::vector<Plan>& plans) {
+std::vector<Task> cut(const std::vector<Product<Out>>& groups, int threads, std::vector<Plan>& plans) {
   const int64_t enough = threads == 1 ? 1 : 4 * threads;
   int64_t most_strips = 0;
   for (const auto& g : groups) {
@@ -96,12 +96,10 @@ inline void add_to(bf16* to, __m512 low, __m512 high, int64_t columns, bool accu
 // Puts a finished block where it belongs. In the block, the operand in the form of rows stands along the rows.
 template <class Out>
 struct Finish {
-  const Gemm<bf16, Out>& g;
+  const Product<Out>& g;
   const Task& task;
   int64_t strip;  // first outer of the strip
   bool stream;
-
-  Out* row(int64_t i) const { return g.c + (g.c_index ? g.c_index[i] : i) * g.c_stride; }
 
   void operator()(int64_t block, const float* c) const {
     const int64_t panel = task.panel + block * kBlock;
@@ -113,7 +111,7 @@ struct Finish {
     }
     if constexpr (sizeof(Out) == sizeof(bf16)) {  // only weight gradients are wider
       if (g.b.reduction_contiguous) {
-        store_transposed(c, in_panel, in_strip, stream, [&](int64_t i) { return row(panel + i) + strip; });
+        store_transposed(c, in_panel, in_strip, stream, [&](int64_t i) { return g.c_row(panel + i) + strip; });
         return;
       }
     }
@@ -123,18 +121,18 @@ struct Finish {
   void store(const float* c, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns) const {
     if constexpr (sizeof(Out) == sizeof(bf16)) {
       if (!g.accumulate) {
-        store_block(c, rows, columns, stream, [&](int64_t i) { return row(first_row + i) + first_column; });
+        store_block(c, rows, columns, stream, [&](int64_t i) { return g.c_row(first_row + i) + first_column; });
         return;
       }
     }
     for (int64_t i = 0; i < rows; ++i, c += kBlock) {
-      add_to(row(first_row + i) + first_column, _mm512_load_ps(c), _mm512_load_ps(c + kHalf), columns, g.accumulate);
+      add_to(g.c_row(first_row + i) + first_column, _mm512_load_ps(c), _mm512_load_ps(c + kHalf), columns, g.accumulate);
     }
   }
 };
 
 template <Form kStrip, class Out>
-void run(const Gemm<bf16, Out>& g, const Plan& plan, const Task& task, bool stream, Buffers& buffers) {
+void run(const Product<Out>& g, const Plan& plan, const Task& task, bool stream, Buffers& buffers) {
   constexpr Form kPanel = kStrip == Form::kRows ? Form::kPairs : Form::kRows;
   const Source& strips = strip_is_a(g) ? g.a : g.b;
   const Source& panels = strip_is_a(g) ? g.b : g.a;
@@ -161,16 +159,16 @@ void run(const Gemm<bf16, Out>& g, const Plan& plan, const Task& task, bool stre
 }
 
 template <class Out>
-void zero(const Gemm<bf16, Out>& g) {
+void zero(const Product<Out>& g) {
   if (g.accumulate) return;
   for (int64_t i = 0; i < g.m; ++i) {
-    __builtin_memset(g.c + (g.c_index ? g.c_index[i] : i) * g.c_stride, 0, g.n * sizeof(Out));
+    __builtin_memset(g.c_row(i), 0, g.n * sizeof(Out));
   }
 }
 
 // Whether rows of c may be written around the caches.
 template <class Out>
-bool may_stream(const std::vector<Gemm<bf16, Out>>& groups) {
+bool may_stream(const std::vector<Product<Out>>& groups) {
   for (const auto& g : groups) {
     if (g.accumulate || g.c_stride % kBlock || reinterpret_cast<uintptr_t>(g.c) % 64) return false;
   }
@@ -184,7 +182,7 @@ bool may_stream(const std::vector<Gemm<bf16, Out>>& groups) {
 }  // namespace
 
 template <class Out>
-void grouped_gemm(const std::vector<Gemm<bf16, Out>>& groups, int threads) {
+void grouped_gemm(const std::vector<Product<Out>>& groups, int threads) {
   if (groups.empty()) return;
   for (const auto& g : groups) {
     if (g.k == 0) zero(g);
@@ -199,7 +197,7 @@ void grouped_gemm(const std::vector<Gemm<bf16, Out>>& groups, int threads) {
     const TileRegisters tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < count; ++i) {
-      const Gemm<bf16, Out>& g = groups[tasks[i].group];
+      const Product<Out>& g = groups[tasks[i].group];
       const Plan& plan = plans[tasks[i].group];
       if (g.k == 0) continue;
       // Rows that tokens stand in go to the side that needs no transpose of the larger operand; see README.
@@ -213,7 +211,7 @@ void grouped_gemm(const std::vector<Gemm<bf16, Out>>& groups, int threads) {
   }
 }
 
-template void grouped_gemm<bf16>(const std::vector<Gemm<bf16, bf16>>&, int);
-template void grouped_gemm<float>(const std::vector<Gemm<bf16, float>>&, int);
+template void grouped_gemm<bf16>(const std::vector<Product<bf16>>&, int);
+template void grouped_gemm<float>(const std::vector<Product<float>>&, int);
 
 }  // namespace moetrain::amx

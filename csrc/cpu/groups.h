@@ -37,7 +37,13 @@ template <class T, class Out>
 void multiply(const std::vector<Gemm<T, Out>>& groups, int threads) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, bf16>) {
-    if (amx::available()) return amx::grouped_gemm(groups, threads);
+    if (amx::available()) {
+      std::vector<amx::Product<Out>> products;
+      for (const Gemm<T, Out>& g : groups) {
+        products.push_back({{g.a}, {g.b}, g.c, g.c_stride, g.m, g.n, g.k, g.c_index, g.accumulate});
+      }
+      return amx::grouped_gemm(products, threads);
+    }
   }
 #endif
   grouped_gemm(groups, threads);
