@@ -136,52 +136,47 @@ inline void pack_half_contiguous(const Source& x, int64_t outer, int64_t count, 
   }
 }
 
-// Outer contiguous: two neighbouring k interleave into pairs; a tile of rows is the transpose of that.
+// Outer contiguous: two neighbouring k interleave into pairs; a tile of rows is the transpose of that. Of the tile's 32 k
+// `depth` exist, of its 32 outer `count`.
 template <Form kForm>
-inline void pack_block_strided(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
-                               bf16* high) {
+inline void pack_tile_strided(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
+                              bf16* high) {
   const __mmask32 inside = first_of_32(count);
   const Source from = {{x.start(outer), x.stride, false, x.index}};
-  for (int64_t at = 0; at < depth; at += kTileDepth, low += kTileElements, high += kTileElements) {
-    __m512i r_low[16], r_high[16];
+  const auto row = [&](int64_t i) {
+    return _mm512_maskz_loadu_epi16(i < depth ? inside : 0, i < depth ? from.row(k + i) : from.data);
+  };
+  __m512i r_low[16], r_high[16];
 #pragma GCC unroll 16
-    for (int p = 0; p < 16; ++p) {
-      const int64_t even = at + 2 * p;
-      const bool has_even = even < depth, has_odd = even + 1 < depth;
-      const bf16* from_even = has_even ? from.row(k + even) : x.data;
-      const bf16* from_odd = has_odd ? from.row(k + even + 1) : x.data;
-      const __m512i first = _mm512_maskz_loadu_epi16(has_even ? inside : 0, from_even);
-      const __m512i second = _mm512_maskz_loadu_epi16(has_odd ? inside : 0, from_odd);
-      r_low[p] = interleave_low(first, second);
-      r_high[p] = interleave_high(first, second);
-    }
-    if (kForm == Form::kRows) {
-      transpose(r_low);
-      transpose(r_high);
-    }
-    store_tile(r_low, low);
-    store_tile(r_high, high);
+  for (int p = 0; p < 16; ++p) {
+    const __m512i even = row(2 * p), odd = row(2 * p + 1);
+    r_low[p] = interleave_low(even, odd);
+    r_high[p] = interleave_high(even, odd);
   }
+  if (kForm == Form::kRows) {
+    transpose(r_low);
+    transpose(r_high);
+  }
+  store_tile(r_low, low);
+  store_tile(r_high, high);
 }
 
-// Block of `count` <= 32 outer from `outer`, k from k to k + depth.
+// Packs outer .. outer + count, k .. k + depth: half h of block b starts at tile (2 b + h) * tiles_of(depth). A strided
+// operand is read row by row, all blocks of 32 rows before the next 32, because a row is what lies in one page.
 template <Form kForm>
-inline void pack_block(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
-                       bf16* high) {
-  if (x.reduction_contiguous) {
-    pack_half_contiguous<kForm>(x, outer, smaller(count, kHalf), k, depth, low);
-    pack_half_contiguous<kForm>(x, outer + kHalf, count - kHalf, k, depth, high);
-  } else {
-    pack_block_strided<kForm>(x, outer, count, k, depth, low, high);
-  }
-}
-
-// A panel: blocks of many outer with all of k, which stays in L2. Half h of block b starts at tile (2 b + h) * tiles.
-template <Form kForm>
-inline void pack_panel(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* panel) {
+inline void pack(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* to) {
   const int64_t half = tiles_of(depth) * kTileElements;
-  for (int64_t i = 0; i < count; i += kBlock, panel += 2 * half) {
-    pack_block<kForm>(x, outer + i, smaller(count - i, kBlock), k, depth, panel, panel + half);
+  if (x.reduction_contiguous) {
+    for (int64_t i = 0; i < blocks_of(count) * kBlock; i += kHalf, to += half) {
+      pack_half_contiguous<kForm>(x, outer + i, smaller(count - i, kHalf), k, depth, to);
+    }
+    return;
+  }
+  for (int64_t at = 0; at < depth; at += kTileDepth, to += kTileElements) {
+    for (int64_t i = 0; i < count; i += kBlock) {
+      bf16* low = to + i / kBlock * 2 * half;
+      pack_tile_strided<kForm>(x, outer + i, count - i, k + at, depth - at, low, low + half);
+    }
   }
 }
 
@@ -254,41 +249,48 @@ struct Panel {
 };
 
 struct NoFinish {
-  void operator()(int64_t, float*) const {}
+  void operator()(int64_t, int64_t, const float*) const {}
 };
 
-// A strip: up to 32 outer of an operand, k from k to k + depth.
-struct Strip {
+// Some strips of 32 outer: the part of an operand that is packed at a time, k from k to k + depth.
+struct Strips {
   Source source;
   int64_t outer, count, k, depth;
 };
 
-// A strip times every block of a panel, whose tiles from `first_tile` on stand for the same k. kStrip is the form of the
-// strip; the panel has the other one. Block b of the result is at c + b * kBlockFloats; finish(b, c) is called when it is
-// complete, while it is in L1. `next` is the strip that will be asked for after this one; its lines are fetched meanwhile.
+// Outer to pack at a time: of a strided operand four strips, so that a page is opened once for all of them.
+inline int64_t strips_width(const Source& x) { return x.reduction_contiguous ? kBlock : 4 * kBlock; }
+constexpr int64_t kStripElements = 4 * kBlock * kStripDepth;
+
+// Strips times every block of a panel, whose tiles from `first_tile` on stand for the same k. kStrip is the form of the
+// strips; the panel has the other one. The product of strip s and block b is at c + (s * blocks + b) * kBlockFloats;
+// finish(outer of the strip, b, product) is called when it is complete, while it is in L1. `next` are the strips that
+// will be asked for after these; their lines are fetched meanwhile.
 template <Form kStrip, class Finish>
-inline void multiply_strip(const Strip& strip, const Strip& next, const Panel& panel, int64_t first_tile,
-                           bool accumulate, bf16* buffer, float* c, const Finish& finish) {
-  for (int64_t at = 0; at < strip.depth; at += kStripDepth) {
-    const int64_t part = smaller(kStripDepth, strip.depth - at), tiles = tiles_of(part);
-    const bool last = at + part == strip.depth;
-    const Strip& then = last ? next : strip;
+inline void multiply_strips(const Strips& strips, const Strips& next, const Panel& panel, int64_t first_tile,
+                            bool accumulate, bf16* buffer, float* c, const Finish& finish) {
+  const int64_t count = blocks_of(strips.count);
+  for (int64_t at = 0; at < strips.depth; at += kStripDepth) {
+    const int64_t part = smaller(kStripDepth, strips.depth - at), tiles = tiles_of(part);
+    const bool last = at + part == strips.depth;
+    const Strips& then = last ? next : strips;
     const int64_t then_at = last ? 0 : at + part;
     Prefetch prefetch(then.source, then.outer, then.count, then.k + then_at, smaller(kStripDepth, then.depth - then_at));
-    const int64_t lines = prefetch.lines() / (panel.blocks * tiles) + 1;
-    bf16* high = buffer + tiles * kTileElements;
-    pack_block<kStrip>(strip.source, strip.outer, strip.count, strip.k + at, part, buffer, high);
-    const bf16* p = panel.data + (first_tile + at / kTileDepth) * kTileElements;
-    for (int64_t b = 0; b < panel.blocks; ++b, p += 2 * panel.tiles * kTileElements) {
-      const bf16* p_high = p + panel.tiles * kTileElements;
-      float* out = c + b * kBlockFloats;
-      const bool add = accumulate || at > 0;
-      if (kStrip == Form::kRows) {
-        multiply(buffer, high, p, p_high, tiles, add, out, prefetch, lines);
-      } else {
-        multiply(p, p_high, buffer, high, tiles, add, out, prefetch, lines);
+    const int64_t lines = prefetch.lines() / (count * panel.blocks * tiles) + 1;
+    pack<kStrip>(strips.source, strips.outer, strips.count, strips.k + at, part, buffer);
+    float* out = c;
+    for (int64_t s = 0; s < count; ++s) {
+      const bf16 *low = buffer + 2 * s * tiles * kTileElements, *high = low + tiles * kTileElements;
+      const bf16* p = panel.data + (first_tile + at / kTileDepth) * kTileElements;
+      for (int64_t b = 0; b < panel.blocks; ++b, p += 2 * panel.tiles * kTileElements, out += kBlockFloats) {
+        const bf16* p_high = p + panel.tiles * kTileElements;
+        if (kStrip == Form::kRows) {
+          multiply(low, high, p, p_high, tiles, accumulate || at > 0, out, prefetch, lines);
+        } else {
+          multiply(p, p_high, low, high, tiles, accumulate || at > 0, out, prefetch, lines);
+        }
+        if (last) finish(strips.outer + s * kBlock, b, out);
       }
-      if (last) finish(b, out);
     }
   }
 }

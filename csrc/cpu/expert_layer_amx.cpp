@@ -78,13 +78,14 @@ inline __m512 swiglu(__m512 gate, __m512 up) { return _mm512_mul_ps(_mm512_mul_p
 struct SwiGLU {
   const float* gates;  // blocks of the gate strip
   const Chunk& chunk;
-  int64_t f, width;
+  int64_t width;
   bf16* z;        // or null
   bool stream;    // z
   bf16* hidden;   // panel of pairs
   int64_t tiles;  // of the panel along F
 
-  void operator()(int64_t block, const float* ups) const {
+  void operator()(int64_t strip, int64_t block, const float* ups) const {
+    const int64_t f = strip - width;  // the strips of up are the rows after those of gate
     const int64_t rows = smaller(kBlock, chunk.rows - block * kBlock);
     for (int64_t half = 0; half < 2; ++half) {
       __m512i gate[16], up[16];
@@ -116,30 +117,30 @@ void forward_chunk(const ExpertLayer& l, const Chunk& chunk, bf16* z, bool strea
                    Buffers& buffers) {
   const int64_t D = l.hidden, F = l.width, blocks = blocks_of(chunk.rows);
   const int64_t tiles_d = tiles_of(D), tiles_f = tiles_of(F);
-  bf16* const strip = buffers.strip.at_least<bf16>(kBlock * kStripDepth);
+  bf16* const strip = buffers.strip.at_least<bf16>(kStripElements);
   bf16* const input = buffers.input.at_least<bf16>(blocks * kBlock * tiles_d * kTileDepth);
   bf16* const hidden = buffers.hidden.at_least<bf16>(blocks * kBlock * tiles_f * kTileDepth);
   float* const gates = buffers.sums.at_least<float>(2 * blocks * kBlockFloats);
   float* const ups = gates + blocks * kBlockFloats;
 
   const Source x = {{l.x, D, true, l.row_token + chunk.row}};
-  pack_panel<Form::kPairs>(x, 0, chunk.rows, 0, D, input);
+  pack<Form::kPairs>(x, 0, chunk.rows, 0, D, input);
   const Source fc1 = {{l.fc1 + chunk.expert * 2 * F * D, D, true}};
   const Panel inputs = {input, blocks, tiles_d};
-  const auto gate_strip = [&](int64_t f) { return Strip{fc1, f, smaller(kBlock, F - f), 0, D}; };
-  const auto up_strip = [&](int64_t f) { return Strip{fc1, F + f, smaller(kBlock, F - f), 0, D}; };
+  const auto gate_strip = [&](int64_t f) { return Strips{fc1, f, smaller(kBlock, F - f), 0, D}; };
+  const auto up_strip = [&](int64_t f) { return Strips{fc1, F + f, smaller(kBlock, F - f), 0, D}; };
   for (int64_t f = 0; f < F; f += kBlock) {
-    multiply_strip<Form::kRows>(gate_strip(f), up_strip(f), inputs, 0, false, strip, gates, NoFinish{});
-    multiply_strip<Form::kRows>(up_strip(f), gate_strip(f + kBlock), inputs, 0, false, strip, ups,
-                                SwiGLU{gates, chunk, f, F, z, stream, hidden, tiles_f});
+    multiply_strips<Form::kRows>(gate_strip(f), up_strip(f), inputs, 0, false, strip, gates, NoFinish{});
+    multiply_strips<Form::kRows>(up_strip(f), gate_strip(f + kBlock), inputs, 0, false, strip, ups,
+                                SwiGLU{gates, chunk, F, z, stream, hidden, tiles_f});
   }
 
   const Source fc2 = {{l.fc2 + chunk.expert * D * F, F, true}};
   const Panel activations = {hidden, blocks, tiles_f};
-  const auto out_strip = [&](int64_t d) { return Strip{fc2, d, smaller(kBlock, D - d), 0, F}; };
+  const auto out_strip = [&](int64_t d) { return Strips{fc2, d, smaller(kBlock, D - d), 0, F}; };
   for (int64_t d = 0; d < D; d += kBlock) {
-    multiply_strip<Form::kRows>(out_strip(d), out_strip(d + kBlock), activations, 0, false, strip, gates,
-                                [&](int64_t block, const float* c) {
+    multiply_strips<Form::kRows>(out_strip(d), out_strip(d + kBlock), activations, 0, false, strip, gates,
+                                [&](int64_t d, int64_t block, const float* c) {
                                   const int64_t first = block * kBlock;
                                   store_transposed(
                                       c, smaller(kBlock, chunk.rows - first), smaller(kBlock, D - d), false,
@@ -154,7 +155,6 @@ void forward_chunk(const ExpertLayer& l, const Chunk& chunk, bf16* z, bool strea
 struct SwiGLUBackward {
   const ExpertLayer& layer;
   const Chunk& chunk;
-  int64_t f;
   const bf16* z;
   bf16* dz;
   bf16* weighted;  // or null
@@ -162,7 +162,7 @@ struct SwiGLUBackward {
   int64_t tiles;   // of F; the panel has twice as many
   float* dots;     // 16 partial sums a row
 
-  void operator()(int64_t block, const float* c) const {
+  void operator()(int64_t f, int64_t block, const float* c) const {
     const int64_t F = layer.width, first = block * kBlock;
     const int64_t rows = smaller(kBlock, chunk.rows - first);
     const auto at = [&](auto* matrix, int64_t width, int64_t column) {
@@ -218,22 +218,23 @@ void backward_chunk(const ExpertLayer& l, const Chunk& chunk, const bf16* grad, 
                     const ExpertLayerGradients& to, Buffers& buffers) {
   const int64_t D = l.hidden, F = l.width, blocks = blocks_of(chunk.rows);
   const int64_t tiles_d = tiles_of(D), tiles_f = tiles_of(F);
-  bf16* const strip = buffers.strip.at_least<bf16>(kBlock * kStripDepth);
+  bf16* const strip = buffers.strip.at_least<bf16>(kStripElements);
   bf16* const input = buffers.input.at_least<bf16>(blocks * kBlock * tiles_d * kTileDepth);
   bf16* const hidden = buffers.hidden.at_least<bf16>(blocks * kBlock * 2 * tiles_f * kTileDepth);
-  float* const sums = buffers.sums.at_least<float>(blocks * kBlockFloats);
+  const int64_t width = 4 * kBlock;
+  float* const sums = buffers.sums.at_least<float>(width / kBlock * blocks * kBlockFloats);
   float* const dots = buffers.dots.at_least<float>(chunk.rows * 16);
   __builtin_memset(dots, 0, chunk.rows * 16 * sizeof(float));
 
   const Source gradients = {{grad, D, true, l.row_token + chunk.row}};
-  pack_panel<Form::kRows>(gradients, 0, chunk.rows, 0, D, input);
+  pack<Form::kRows>(gradients, 0, chunk.rows, 0, D, input);
   const Source fc2 = {{l.fc2 + chunk.expert * D * F, F, false}};
   const Panel inputs = {input, blocks, tiles_d};
-  const auto strip_at = [&](int64_t f) { return Strip{fc2, f, smaller(kBlock, F - f), 0, D}; };
-  for (int64_t f = 0; f < F; f += kBlock) {
-    multiply_strip<Form::kPairs>(
-        strip_at(f), strip_at(f + kBlock), inputs, 0, false, strip, sums,
-        SwiGLUBackward{l, chunk, f, z, to.dz, to.weighted, hidden, tiles_f, dots});
+  const auto strips_at = [&](int64_t f) { return Strips{fc2, f, smaller(width, F - f), 0, D}; };
+  for (int64_t f = 0; f < F; f += width) {
+    multiply_strips<Form::kPairs>(
+        strips_at(f), strips_at(f + width), inputs, 0, false, strip, sums,
+        SwiGLUBackward{l, chunk, z, to.dz, to.weighted, hidden, tiles_f, dots});
   }
   if (to.dweights) {
     for (int64_t r = 0; r < chunk.rows; ++r) to.dweights[l.row_slot[chunk.row + r]] = sum_of_16(dots + r * 16);
@@ -244,12 +245,12 @@ void backward_chunk(const ExpertLayer& l, const Chunk& chunk, const bf16* grad, 
   const Source gate = {{l.fc1 + chunk.expert * 2 * F * D, D, false}};
   const Source up = {{gate.data + F * D, D, false}};
   const Panel dz = {hidden, blocks, 2 * tiles_f};
-  const auto gate_strip = [&](int64_t d) { return Strip{gate, d, smaller(kBlock, D - d), 0, F}; };
-  const auto up_strip = [&](int64_t d) { return Strip{up, d, smaller(kBlock, D - d), 0, F}; };
-  for (int64_t d = 0; d < D; d += kBlock) {
-    multiply_strip<Form::kPairs>(gate_strip(d), up_strip(d), dz, 0, false, strip, sums, NoFinish{});
-    multiply_strip<Form::kPairs>(up_strip(d), gate_strip(d + kBlock), dz, tiles_f, true, strip, sums,
-                                 [&](int64_t block, const float* c) {
+  const auto gate_strip = [&](int64_t d) { return Strips{gate, d, smaller(width, D - d), 0, F}; };
+  const auto up_strip = [&](int64_t d) { return Strips{up, d, smaller(width, D - d), 0, F}; };
+  for (int64_t d = 0; d < D; d += width) {
+    multiply_strips<Form::kPairs>(gate_strip(d), up_strip(d), dz, 0, false, strip, sums, NoFinish{});
+    multiply_strips<Form::kPairs>(up_strip(d), gate_strip(d + width), dz, tiles_f, true, strip, sums,
+                                 [&](int64_t d, int64_t block, const float* c) {
                                    const int64_t first = block * kBlock;
                                    store_block(c, smaller(kBlock, chunk.rows - first), smaller(kBlock, D - d), false,
                                                [&](int64_t i) { return to.dx_rows + (chunk.row + first + i) * D + d; });

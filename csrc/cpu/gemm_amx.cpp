@@ -98,10 +98,9 @@ template <class Out>
 struct Finish {
   const Product<Out>& g;
   const Task& task;
-  int64_t strip;  // first outer of the strip
   bool stream;
 
-  void operator()(int64_t block, const float* c) const {
+  void operator()(int64_t strip, int64_t block, const float* c) const {
     const int64_t panel = task.panel + block * kBlock;
     const int64_t in_panel = smaller(kBlock, task.panel + task.panels - panel);
     const int64_t in_strip = smaller(kBlock, task.strip + task.strips - strip);
@@ -136,24 +135,26 @@ void run(const Product<Out>& g, const Plan& plan, const Task& task, bool stream,
   constexpr Form kPanel = kStrip == Form::kRows ? Form::kPairs : Form::kRows;
   const Source& strips = strip_is_a(g) ? g.a : g.b;
   const Source& panels = strip_is_a(g) ? g.b : g.a;
-  const int64_t blocks = blocks_of(task.panels), last = task.strip + task.strips;
+  const int64_t blocks = blocks_of(task.panels), last = task.strip + task.strips, width = strips_width(strips);
   const bool waits = plan.depth < g.k;  // the sums of all strips of the region wait for the next part of k
-  bf16* const strip_buffer = buffers.strip.at_least<bf16>(kBlock * kStripDepth);
+  const int64_t held = waits ? blocks_of(task.strips) : width / kBlock;
+  bf16* const strip_buffer = buffers.strip.at_least<bf16>(kStripElements);
   bf16* const panel_buffer = buffers.panel.at_least<bf16>(blocks * kBlock * tiles_of(plan.depth) * kTileDepth);
-  float* const sums = buffers.sums.at_least<float>((waits ? blocks_of(task.strips) : 1) * blocks * kBlockFloats);
+  float* const sums = buffers.sums.at_least<float>(held * blocks * kBlockFloats);
   for (int64_t k = 0; k < g.k; k += plan.depth) {
     const int64_t depth = smaller(plan.depth, g.k - k);
-    pack_panel<kPanel>(panels, task.panel, task.panels, k, depth, panel_buffer);
+    pack<kPanel>(panels, task.panel, task.panels, k, depth, panel_buffer);
     const Panel panel = {panel_buffer, blocks, tiles_of(depth)};
+    const auto strips_at = [&](int64_t s) { return Strips{strips, s, smaller(width, last - s), k, depth}; };
     float* c = sums;
-    const auto strip_at = [&](int64_t s) { return Strip{strips, s, smaller(kBlock, last - s), k, depth}; };
-    for (int64_t s = task.strip; s < last; s += kBlock, c += waits ? blocks * kBlockFloats : 0) {
-      const Strip strip = strip_at(s), next = strip_at(s + kBlock);
+    for (int64_t s = task.strip; s < last; s += width) {
       if (k + depth == g.k) {
-        multiply_strip<kStrip>(strip, next, panel, 0, k > 0, strip_buffer, c, Finish<Out>{g, task, s, stream});
+        multiply_strips<kStrip>(strips_at(s), strips_at(s + width), panel, 0, k > 0, strip_buffer, c,
+                                Finish<Out>{g, task, stream});
       } else {
-        multiply_strip<kStrip>(strip, next, panel, 0, k > 0, strip_buffer, c, NoFinish{});
+        multiply_strips<kStrip>(strips_at(s), strips_at(s + width), panel, 0, k > 0, strip_buffer, c, NoFinish{});
       }
+      if (waits) c += width / kBlock * blocks * kBlockFloats;
     }
   }
 }
