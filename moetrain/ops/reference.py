@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 
 def plan_permutation(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,6 +75,21 @@ def grouped_gemm(x_RK: Tensor, w_ENK: Tensor, tokens_per_expert_E: Tensor) -> Te
     groups = x_RK.to(wide).split(tokens_per_expert_E.tolist())
     products = [rows @ w.to(wide).T for rows, w in zip(groups, w_ENK.unbind(), strict=True)]
     return torch.cat(products).to(x_RK.dtype)
+
+
+def expert_layer(
+    x_TD: Tensor,
+    weights_TK: Tensor | None,
+    fc1: Tensor,
+    fc2: Tensor,
+    row_token_R: Tensor,
+    slot_row_TK: Tensor,
+    tokens_per_expert_E: Tensor,
+) -> Tensor:
+    """Gather, fc1 (gate rows, then up rows), SwiGLU, fc2, weighted sum over each token's experts."""
+    gate_RF, up_RF = grouped_gemm(x_TD[row_token_R], fc1, tokens_per_expert_E).chunk(2, dim=-1)
+    rows_RD = grouped_gemm(silu(gate_RF) * up_RF, fc2, tokens_per_expert_E)
+    return unpermute(rows_RD, slot_row_TK) if weights_TK is None else combine(rows_RD, weights_TK, slot_row_TK)
 
 
 def attention_importance(q_SBHd: Tensor, k_SBGd: Tensor, measure: str, causal: bool, scale: float) -> Tensor:
