@@ -53,5 +53,14 @@ TORCH_LIBRARY(moetrain, m) {
       "Tensor slot_row, Tensor tokens_per_expert, Tensor z, bool[4] wanted) -> "
       "(Tensor dx, Tensor dweights, Tensor dfc1, Tensor dfc2)");
 
+  // z: the activations [T, r], in the order of the rows.
+  m.def(
+      "generated_experts(Tensor x, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor row_token, "
+      "Tensor tokens_per_set) -> (Tensor y, Tensor z)");
+  m.def(
+      "generated_experts_backward(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor row_token, "
+      "Tensor tokens_per_set, Tensor z) -> "
+      "(Tensor dx, Tensor ddown, Tensor ddown_bias, Tensor dup, Tensor dup_bias)");
+
   m.def("all_to_all(Tensor x, SymInt[] output_splits, SymInt[] input_splits, str group_name) -> Tensor");
 }

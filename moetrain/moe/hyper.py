@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moetrain.config.schema import HyperConfig
-from moetrain.ops import combine, grouped_gemm, permute, plan_permutation, row_invariant_linear
+from moetrain.ops import generated_experts, plan_permutation, row_invariant_linear
 
 
 class HyperNetwork(nn.Module):
@@ -115,21 +115,16 @@ def prefer_grouped(tokens: int, sets: int, hidden: int) -> bool:
 
 
 def grouped_form(x_TD: Tensor, hidden_Gh: Tensor, set_of_token_T: Tensor, network: HyperNetwork) -> Tensor:
-    """Generate each distinct set's weights once, then two grouped GEMMs over tokens sorted by set.
+    """Generate each distinct set's weights once, then two grouped products over tokens sorted by set.
 
     Extra memory: 2 G D r elements.
     """
     r, d = network.bottleneck, network.hidden_size
     down_GrD = _linear(hidden_Gh, network.down).view(-1, r, d)
     up_GDr = _linear(hidden_Gh, network.up).view(-1, d, r)
+    down_bias_Gr, up_bias_GD = _linear(hidden_Gh, network.down_bias), _linear(hidden_Gh, network.up_bias)
     plan = plan_permutation(set_of_token_T[:, None], hidden_Gh.shape[0])
-    set_of_row_T = set_of_token_T[plan.row_token_R]
-    z_Tr = grouped_gemm(permute(x_TD, plan), down_GrD, plan.tokens_per_expert_E)
-    z_Tr = F.relu(z_Tr + _linear(hidden_Gh, network.down_bias)[set_of_row_T])
-    y_TD = grouped_gemm(z_Tr, up_GDr, plan.tokens_per_expert_E)
-    y_TD = y_TD + _linear(hidden_Gh, network.up_bias)[set_of_row_T]
-    ones_T1 = torch.ones(x_TD.shape[0], 1, dtype=torch.float32, device=x_TD.device)
-    return combine(y_TD, ones_T1, plan)
+    return generated_experts(x_TD, down_GrD, down_bias_Gr, up_GDr, up_bias_GD, plan)
 
 
 def factorized_form(x_TD: Tensor, hidden_Gh: Tensor, set_of_token_T: Tensor, network: HyperNetwork) -> Tensor:

@@ -3,6 +3,7 @@ specification in :mod:`moetrain.ops.reference`. Depends on torch only, so other 
 
 from moetrain.ops.all_to_all import all_to_all
 from moetrain.ops.expert_layer import expert_layer
+from moetrain.ops.generated_experts import generated_experts
 from moetrain.ops.grouped_gemm import (
     gathered_grouped_gemm,
     grouped_gemm,
@@ -34,6 +35,7 @@ __all__ = [
     "extension_info",
     "gather_rows",
     "gathered_grouped_gemm",
+    "generated_experts",
     "grouped_gemm",
     "grouped_gemm_wgrad_out",
     "permute",

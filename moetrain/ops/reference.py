@@ -13,7 +13,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import relu, silu
 
 
 def plan_permutation(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,6 +90,19 @@ def expert_layer(
     gate_RF, up_RF = grouped_gemm(x_TD[row_token_R], fc1, tokens_per_expert_E).chunk(2, dim=-1)
     rows_RD = grouped_gemm(silu(gate_RF) * up_RF, fc2, tokens_per_expert_E)
     return unpermute(rows_RD, slot_row_TK) if weights_TK is None else combine(rows_RD, weights_TK, slot_row_TK)
+
+
+def generated_experts(
+    x_TD: Tensor, down_GrD: Tensor, down_bias_Gr: Tensor, up_GDr: Tensor, up_bias_GD: Tensor, set_of_token_T: Tensor
+) -> Tensor:
+    """Each token through the weights of its set: ``up relu(down x + down_bias) + up_bias``, float32 or wider inside."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    x, down, down_bias, up, up_bias = (t.to(wide) for t in (x_TD, down_GrD, down_bias_Gr, up_GDr, up_bias_GD))
+    outputs = [
+        up[g] @ relu(down[g] @ token + down_bias[g]) + up_bias[g]
+        for token, g in zip(x.unbind(), set_of_token_T.tolist(), strict=True)
+    ]
+    return torch.stack(outputs).to(x_TD.dtype) if outputs else x_TD.clone()
 
 
 def attention_importance(q_SBHd: Tensor, k_SBGd: Tensor, measure: str, causal: bool, scale: float) -> Tensor:
