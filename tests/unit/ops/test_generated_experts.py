@@ -59,7 +59,8 @@ def test_random_shapes_give_what_the_reference_gives(counts, hidden, bottleneck,
     actual, expected = run(tensors, set_of_token, grad), in_double(tensors, set_of_token, grad)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     for mine, exact in zip(actual, expected, strict=True):
-        assert (mine.double() - exact).norm() <= bound * exact.norm() + 1e-12
+        # Terms are of order one, so that is what a sum that nearly cancels is measured by.
+        assert (mine.double() - exact).norm() <= bound * max(exact.norm(), exact.numel() ** 0.5)
 
 
 @by_dtype
