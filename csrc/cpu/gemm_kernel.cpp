@@ -116,8 +116,6 @@ class Source {
 
   int64_t panel_floats() const { return panels_.pitch * depth_; }
 
-  void pack(int64_t panel, float* to) const { pack(panel, panel + 1, to); }
-
   // Panels [begin, end), one after the other.
   void pack(int64_t begin, int64_t end, float* to) const {
     const PackFns<T>& fns = pack_fns_of(tile(), T{});
@@ -136,17 +134,26 @@ class Source {
     }
   }
 
-  // What packing this panel will read, in as many bursts.
-  Prefetch prefetch(int64_t panel, int64_t bursts) const {
-    Prefetch ahead;
-    if (panel >= panels_.count) return ahead;
-    const int64_t rows = x_->reduction_contiguous ? panels_.start(panel) - panels_.first : 0;
-    ahead.rows = reinterpret_cast<const char* const*>(rows_.data() + rows);
-    ahead.rows_left = x_->reduction_contiguous ? panels_.size(panel) : depth_;
-    ahead.offset = x_->reduction_contiguous ? 0 : panels_.start(panel) * sizeof(T);
-    ahead.lines = ceil_div((x_->reduction_contiguous ? depth_ : panels_.size(panel)) * sizeof(T), 64);
-    ahead.burst = ceil_div(ahead.rows_left * ahead.lines, bursts);
-    return ahead;
+  // Work for the tiles of another panel, in at most so many bursts. Returns whether it packs this panel to `to`;
+  // otherwise it fetches what packing will read.
+  bool work_ahead(int64_t panel, int64_t bursts, float* to, Ahead& ahead) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (!x_->reduction_contiguous && panels_.size(panel) == panels_.pitch) {
+        ahead.burst = ceil_div(depth_, bursts);
+        ahead.copy_rows = rows_.data();
+        ahead.copies_left = depth_;
+        ahead.copy_first = panels_.start(panel);
+        ahead.to = to;
+        return true;
+      }
+    }
+    const bool across = x_->reduction_contiguous;
+    ahead.ask_rows = reinterpret_cast<const char* const*>(rows_.data() + (across ? panels_.start(panel) - panels_.first : 0));
+    ahead.asks_left = across ? panels_.size(panel) : depth_;
+    ahead.offset = across ? 0 : panels_.start(panel) * sizeof(T);
+    ahead.lines = ceil_div((across ? depth_ : panels_.size(panel)) * sizeof(T), 64);
+    ahead.burst = ceil_div(ahead.asks_left * ahead.lines, bursts);
+    return false;
   }
 
  private:
@@ -175,7 +182,7 @@ void run_task(const Gemm<T, Out>& g, const Task& task, Scratch& scratch) {
   const Panels columns{task.column, task.column + task.columns, t.columns, ceil_div(task.columns, t.columns), false};
   const int64_t max_depth = std::min(kBlockK, g.k);
   float* a = scratch.a.at_least(rows.count * t.row_pitch * max_depth);
-  float* b = scratch.b.at_least(t.columns * max_depth);
+  float* b = scratch.b.at_least(2 * t.columns * max_depth);
   const bool direct = std::is_same_v<Out, float> && !g.accumulate && !g.c_index;
   const int64_t sums_stride = columns.count * t.columns;
   const bool keep = g.k > kBlockK;
@@ -188,22 +195,30 @@ void run_task(const Gemm<T, Out>& g, const Task& task, Scratch& scratch) {
     b_source.set(g.b, g.n, columns, k, depth);
     a_source.pack(0, rows.count, a);
     const int64_t bursts = rows.count * ceil_div(depth, kStepsPerBurst);
+    bool packed = false;
     for (int64_t j = 0; j < columns.count; ++j) {
-      b_source.pack(j, b);
-      Prefetch ahead = b_source.prefetch(j + 1, bursts);
+      float* b_panel = b + j % 2 * b_source.panel_floats();
+      if (!packed) b_source.pack(j, j + 1, b_panel);
+      Ahead ahead;
+      packed = j + 1 < columns.count &&
+               b_source.work_ahead(j + 1, bursts, b + (j + 1) % 2 * b_source.panel_floats(), ahead);
       for (int64_t i = 0; i < rows.count; ++i) {
-        const float* a_panel = a + i * a_source.panel_floats();
+        const bool in_place = direct && columns.size(j) == t.columns;
+        TileCall call{a + i * a_source.panel_floats(), b_panel, depth, sums, t.columns, k > 0};
         if constexpr (std::is_same_v<Out, float>) {
-          if (direct && columns.size(j) == t.columns) {
-            t.run(rows.size(i), a_panel, b, depth, g.c_row(rows.start(i)) + columns.start(j), g.c_stride, k > 0,
-                  ahead);
-            continue;
+          if (in_place) {
+            call.c = g.c_row(rows.start(i)) + columns.start(j);
+            call.c_stride = g.c_stride;
           }
         }
-        float* c = keep ? sums + (rows.start(i) - task.row) * sums_stride + j * t.columns : sums;
-        const int64_t stride = keep ? sums_stride : t.columns;
-        t.run(rows.size(i), a_panel, b, depth, c, stride, k > 0, ahead);
-        if (last) write_sums(g, c, stride, rows.start(i), rows.size(i), columns.start(j), columns.size(j));
+        if (!in_place && keep) {
+          call.c = sums + (rows.start(i) - task.row) * sums_stride + j * t.columns;
+          call.c_stride = sums_stride;
+        }
+        t.run(rows.size(i), call, ahead);
+        if (!in_place && last) {
+          write_sums(g, call.c, call.c_stride, rows.start(i), rows.size(i), columns.start(j), columns.size(j));
+        }
       }
     }
   }

@@ -14,35 +14,36 @@
 
 namespace moetrain {
 
-// Memory that will be packed next, brought into L2 by the tile while it multiplies: `lines` cache lines from each of
-// rows[0 .. rows_left).
-struct Prefetch {
-  const char* const* rows = nullptr;
-  int64_t rows_left = 0, lines = 0, line = 0;
-  int64_t offset = 0;  // bytes
-  int64_t burst = 0;   // lines to ask for at a time
-
-  void next() {
-    for (int64_t i = 0; i < burst && rows_left > 0; ++i) {
-      __builtin_prefetch(*rows + offset + 64 * line, 0, 2);
-      if (++line < lines) continue;
-      line = 0;
-      ++rows;
-      --rows_left;
-    }
-  }
+// What the tile does on the side for the next panel of b, `burst` items at a time, every kStepsPerBurst steps of k:
+// copy its rows (floats, reduction axis strided), or else ask for its cache lines, to be transposed later.
+struct Ahead {
+  int64_t burst = 0;
+  // Copying: to[i] = copy_rows[i][copy_first ...], one row of the panel an item. Asks for rows kLookAhead further.
+  const float* const* copy_rows = nullptr;
+  int64_t copies_left = 0, copy_first = 0;
+  float* to = nullptr;
+  // Asking: `lines` cache lines from each of ask_rows[0 .. asks_left), one line an item.
+  const char* const* ask_rows = nullptr;
+  int64_t asks_left = 0, lines = 0, line = 0, offset = 0;
 };
 
-// rows <= Tile::rows; c_stride in floats.
-using TileFn = void (*)(int rows, const float* a, const float* b, int64_t k, float* c, int64_t c_stride,
-                        bool accumulate, Prefetch& ahead);
-
-// Steps of k between two bursts of prefetches.
+constexpr int64_t kLookAhead = 8;
 constexpr int64_t kStepsPerBurst = 16;
+
+struct TileCall {
+  const float* a;
+  const float* b;
+  int64_t k;
+  float* c;
+  int64_t c_stride;  // floats
+  bool accumulate;
+};
+
+// rows <= Tile::rows.
+using TileFn = void (*)(int rows, const TileCall& call, Ahead& ahead);
 
 // Both write float panels, to[k * pitch + i] for i < pitch and k < depth, and look ahead in `rows`, which has
 // kLookAhead pointers more than they pack.
-constexpr int64_t kLookAhead = 8;
 template <class T>
 struct PackFns {
   // From rows[i][k].
@@ -69,30 +70,49 @@ Tile tile_avx512();
 #endif
 
 // Vec: type, kWidth, zero, load, store, multiply_add (of a number in memory and a vector).
-template <class Vec, int kRows, int kPitch, int kVectors>
-inline void run_rows(const float* a, const float* b, int64_t k, float* c, int64_t c_stride, bool accumulate,
-                     Prefetch& ahead) {
-  typename Vec::type acc[kRows][kVectors];
-  if (accumulate) {
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
+template <class Vec, int kVectors>
+inline void work_ahead(Ahead& ahead) {
+  for (int64_t i = 0; i < ahead.burst && ahead.copies_left > 0; ++i) {
+    const float* from = *ahead.copy_rows + ahead.copy_first;
+    const float* later = ahead.copy_rows[kLookAhead] + ahead.copy_first;
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::load(c + r * c_stride + v * Vec::kWidth);
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(later + v * Vec::kWidth);
+      Vec::store(ahead.to + v * Vec::kWidth, Vec::load(from + v * Vec::kWidth));
     }
-  } else {
+    ++ahead.copy_rows;
+    --ahead.copies_left;
+    ahead.to += kVectors * Vec::kWidth;
+  }
+  for (int64_t i = 0; i < ahead.burst && ahead.asks_left > 0; ++i) {
+    __builtin_prefetch(*ahead.ask_rows + ahead.offset + 64 * ahead.line, 0, 2);
+    if (++ahead.line < ahead.lines) continue;
+    ahead.line = 0;
+    ++ahead.ask_rows;
+    --ahead.asks_left;
+  }
+}
+
+template <class Vec, int kRows, int kPitch, int kVectors>
+void run_rows(const TileCall& call, Ahead& ahead) {
+  typename Vec::type acc[kRows][kVectors];
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        __builtin_prefetch(c + r * c_stride + v * Vec::kWidth, 1);  // the stores come much later, but all at once
+    for (int v = 0; v < kVectors; ++v) {
+      float* c = call.c + r * call.c_stride + v * Vec::kWidth;
+      if (call.accumulate) {
+        acc[r][v] = Vec::load(c);
+      } else {
+        __builtin_prefetch(c, 0, 2);  // the stores come much later, but all at once
         acc[r][v] = Vec::zero();
       }
     }
   }
-  while (k > 0) {
-    ahead.next();
+  const float *a = call.a, *b = call.b;
+  for (int64_t k = call.k; k > 0; k -= kStepsPerBurst) {
+    work_ahead<Vec, kVectors>(ahead);
     const float* stop = b + (k < kStepsPerBurst ? k : kStepsPerBurst) * kVectors * Vec::kWidth;
-    k -= kStepsPerBurst;
 #pragma GCC unroll 1
     for (; b != stop; b += kVectors * Vec::kWidth) {
       typename Vec::type column[kVectors];
@@ -109,17 +129,16 @@ inline void run_rows(const float* a, const float* b, int64_t k, float* c, int64_
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) Vec::store(c + r * c_stride + v * Vec::kWidth, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) Vec::store(call.c + r * call.c_stride + v * Vec::kWidth, acc[r][v]);
   }
 }
 
 template <class Vec, int kRows, int kPitch, int kVectors>
-void run_tile(int rows, const float* a, const float* b, int64_t k, float* c, int64_t c_stride, bool accumulate,
-              Prefetch& ahead) {
+void run_tile(int rows, const TileCall& call, Ahead& ahead) {
   if (rows == kRows) {
-    run_rows<Vec, kRows, kPitch, kVectors>(a, b, k, c, c_stride, accumulate, ahead);
+    run_rows<Vec, kRows, kPitch, kVectors>(call, ahead);
   } else if constexpr (kRows > 1) {
-    run_tile<Vec, kRows - 1, kPitch, kVectors>(rows, a, b, k, c, c_stride, accumulate, ahead);
+    run_tile<Vec, kRows - 1, kPitch, kVectors>(rows, call, ahead);
   }
 }
 
