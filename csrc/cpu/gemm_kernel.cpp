@@ -1,6 +1,7 @@
 #include "cpu/gemm_kernel.h"
 
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,11 +14,12 @@
 namespace moetrain {
 namespace {
 
-// A block of a (kBlockM x kBlockK floats) stays in L2 while panels of b pass through L1.
-constexpr int64_t kBlockM = 480;
-constexpr int64_t kBlockN = 512;
-constexpr int64_t kBlockK = 256;
-constexpr int kMaxRows = 12, kMaxColumns = 32;
+// The packed block of a (about kBlockFloats) stays in L2, a panel of b in L1.
+constexpr int64_t kBlockK = 512;
+constexpr int64_t kBlockFloats = 448 * kBlockK;
+constexpr int64_t kBlockM = 1024;
+constexpr int64_t kBlockN = 2048;
+constexpr int64_t kCopyDepth = kLookAhead;
 
 Tile choose_tile() {
 #if defined(__x86_64__)
@@ -36,7 +38,13 @@ const Tile& tile() {
   return chosen;
 }
 
-// Scratch of one thread, kept between calls: fresh pages cost more than the packing itself.
+const PackFns<float>& pack_fns_of(const Tile& t, float) { return t.pack_float; }
+const PackFns<bf16>& pack_fns_of(const Tile& t, bf16) { return t.pack_bf16; }
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Scratch of one thread, kept between calls: fresh pages cost more than the packing itself. Huge pages where the
+// system gives them: a block of small ones would not fit into the first TLB.
 class Buffer {
  public:
   Buffer() = default;
@@ -44,158 +52,174 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
   float* at_least(int64_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      size_ = (floats + 15) / 16 * 16;
-      data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-      if (!data_) throw std::bad_alloc();
-    }
+    if (floats > size_) grow(floats);
     return data_;
   }
 
  private:
+  void grow(int64_t floats) {
+    constexpr int64_t kHugePage = 1 << 21;
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
+    const int64_t page = bytes > kHugePage / 4 ? kHugePage : 64;
+    const int64_t rounded = ceil_div(bytes, page) * page;
+    data_ = static_cast<float*>(std::aligned_alloc(page, rounded));
+    if (!data_) throw std::bad_alloc();
+    if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
+    size_ = rounded / static_cast<int64_t>(sizeof(float));
+  }
+
   float* data_ = nullptr;
   int64_t size_ = 0;
 };
 
 struct Scratch {
-  Buffer a, b, c;
+  Buffer a, b, sums;
 };
-
-typedef float Float4 __attribute__((vector_size(16)));
-typedef int32_t Int4 __attribute__((vector_size(16)));
-
-inline Float4 load4(const float* p) {
-  Float4 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Float4 load4(const bf16* p) {
-  typedef uint16_t Short4 __attribute__((vector_size(8)));
-  typedef uint32_t Word4 __attribute__((vector_size(16)));
-  Short4 narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
-  const Word4 wide = __builtin_convertvector(narrow, Word4) << 16;
-  Float4 v;
-  std::memcpy(&v, &wide, sizeof v);
-  return v;
-}
-
-inline void store4(float* p, Float4 v) { std::memcpy(p, &v, sizeof v); }
-
-// to[j * width + i] = rows[i][k + j] for a block of 4 x 4.
-template <class T>
-inline void transpose4(const T* const* rows, int64_t k, float* to, int64_t width) {
-  const Float4 r0 = load4(rows[0] + k), r1 = load4(rows[1] + k);
-  const Float4 r2 = load4(rows[2] + k), r3 = load4(rows[3] + k);
-  const Float4 low01 = __builtin_shuffle(r0, r1, Int4{0, 4, 1, 5}), low23 = __builtin_shuffle(r2, r3, Int4{0, 4, 1, 5});
-  const Float4 top01 = __builtin_shuffle(r0, r1, Int4{2, 6, 3, 7}), top23 = __builtin_shuffle(r2, r3, Int4{2, 6, 3, 7});
-  store4(to, __builtin_shuffle(low01, low23, Int4{0, 1, 4, 5}));
-  store4(to + width, __builtin_shuffle(low01, low23, Int4{2, 3, 6, 7}));
-  store4(to + 2 * width, __builtin_shuffle(top01, top23, Int4{0, 1, 4, 5}));
-  store4(to + 3 * width, __builtin_shuffle(top01, top23, Int4{2, 3, 6, 7}));
-}
-
-// One panel of count rows of x: to[k][i] for i < width and k < depth, zero where i >= count.
-template <class T>
-void pack_transposing(const Operand<T>& x, int64_t outer, int64_t count, int64_t first_k, int64_t depth,
-                      int64_t width, float* to) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const T* rows[4];
-    for (int64_t j = 0; j < 4; ++j) rows[j] = x.row(outer + i + j) + first_k;
-    int64_t k = 0;
-    for (; k + 4 <= depth; k += 4) transpose4(rows, k, to + k * width + i, width);
-    for (; k < depth; ++k) {
-      for (int64_t j = 0; j < 4; ++j) to[k * width + i + j] = to_float(rows[j][k]);
-    }
-  }
-  for (; i < width; ++i) {
-    const T* row = i < count ? x.row(outer + i) + first_k : nullptr;
-    for (int64_t k = 0; k < depth; ++k) to[k * width + i] = row ? to_float(row[k]) : 0.0f;
-  }
-}
-
-template <class T>
-void pack_copying(const Operand<T>& x, int64_t outer, int64_t count, int64_t first_k, int64_t depth, int64_t width,
-                  float* to) {
-  for (int64_t k = 0; k < depth; ++k, to += width) {
-    const T* from = x.row(first_k + k) + outer;
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) store4(to + i, load4(from + i));
-    for (; i < width; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
-  }
-}
-
-template <class T>
-void pack(const Operand<T>& x, int64_t outer, int64_t count, int64_t k, int64_t depth, int64_t width, float* to) {
-  if (x.reduction_contiguous) {
-    pack_transposing(x, outer, count, k, depth, width, to);
-  } else {
-    pack_copying(x, outer, count, k, depth, width, to);
-  }
-}
-
-// A tile that sticks out of c is computed beside it.
-void run_partial(const float* a, const float* b, int64_t k, float* c, int64_t c_stride, bool accumulate,
-                 int64_t rows, int64_t columns) {
-  alignas(64) float whole[kMaxRows * kMaxColumns] = {};
-  const Tile& t = tile();
-  if (accumulate) {
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(whole + r * t.columns, c + r * c_stride, columns * sizeof(float));
-  }
-  t.run(a, b, k, whole, t.columns, accumulate);
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * c_stride, whole + r * t.columns, columns * sizeof(float));
-}
 
 // The part of one group's c that one thread computes at a stretch.
 struct Task {
   int64_t group, row, rows, column, columns;
 };
 
-// c holds floats: the output itself, or scratch of the task.
-template <class T, class Out>
-void run_task(const Gemm<T, Out>& g, const Task& task, float* c, int64_t c_stride, Scratch& scratch) {
-  const Tile& t = tile();
-  const int64_t padded_rows = (task.rows + t.rows - 1) / t.rows * t.rows;
-  float* a = scratch.a.at_least(padded_rows * kBlockK);
-  float* b = scratch.b.at_least(t.columns * kBlockK);
-  for (int64_t k = 0; k < g.k; k += kBlockK) {
-    const int64_t depth = std::min(kBlockK, g.k - k);
-    for (int64_t r = 0; r < task.rows; r += t.rows) {
-      pack(g.a, task.row + r, std::min<int64_t>(t.rows, task.rows - r), k, depth, t.rows, a + r * depth);
-    }
-    for (int64_t j = 0; j < task.columns; j += t.columns) {
-      const int64_t columns = std::min<int64_t>(t.columns, task.columns - j);
-      pack(g.b, task.column + j, columns, k, depth, t.columns, b);
-      for (int64_t r = 0; r < task.rows; r += t.rows) {
-        const int64_t rows = std::min<int64_t>(t.rows, task.rows - r);
-        float* out = c + r * c_stride + j;
-        if (rows == t.rows && columns == t.columns) {
-          t.run(a + r * depth, b, depth, out, c_stride, k > 0);
-        } else {
-          run_partial(a + r * depth, b, depth, out, c_stride, k > 0, rows, columns);
-        }
+// Rows [first, last) of an operand cut into panels: of a, of nearly equal height, so that no tile is a sliver; of b,
+// whole ones and the rest.
+struct Panels {
+  int64_t first, last, pitch, count;
+  bool even;
+  int64_t start(int64_t panel) const {
+    return even ? first + (last - first) * panel / count : std::min(first + panel * pitch, last);
+  }
+  int64_t size(int64_t panel) const { return start(panel + 1) - start(panel); }
+};
+
+// The rows in memory that panels of an operand are packed from, for steps [k, k + depth).
+template <class T>
+class Source {
+ public:
+  // outer: the rows of x in all.
+  void set(const Operand<T>& x, int64_t outer, const Panels& panels, int64_t k, int64_t depth) {
+    static const T zeros[kBlockK] = {};
+    x_ = &x;
+    outer_ = outer;
+    panels_ = panels;
+    depth_ = depth;
+    const int64_t first = x.reduction_contiguous ? panels.first : k;
+    const int64_t last = x.reduction_contiguous ? panels.last : k + depth;
+    const int64_t offset = x.reduction_contiguous ? k : 0;
+    rows_.resize(last - first + panels.pitch + kLookAhead);
+    for (int64_t i = first; i < last; ++i) rows_[i - first] = x.row(i) + offset;
+    std::fill(rows_.begin() + (last - first), rows_.end(), zeros);
+  }
+
+  int64_t panel_floats() const { return panels_.pitch * depth_; }
+
+  // Panels [begin, end), one after the other.
+  void pack(int64_t begin, int64_t end, float* to) const {
+    const PackFns<T>& fns = pack_fns_of(tile(), T{});
+    if (x_->reduction_contiguous) {
+      for (int64_t p = begin; p < end; ++p, to += panel_floats()) {
+        fns.transpose(rows_.data() + panels_.start(p) - panels_.first, depth_, panels_.pitch, to);
       }
+      return;
+    }
+    for (int64_t k = 0; k < depth_; k += kCopyDepth) {  // few rows, so that lines on two panels are read once
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = panels_.start(p);
+        fns.copy(rows_.data() + k, first, std::min(panels_.pitch, outer_ - first), std::min(kCopyDepth, depth_ - k),
+                 panels_.pitch, to + (p - begin) * panel_floats() + k * panels_.pitch);
+      }
+    }
+  }
+
+  // Work for the tiles of another panel, in at most so many bursts. Returns whether it packs this panel to `to`;
+  // otherwise it fetches what packing will read.
+  bool work_ahead(int64_t panel, int64_t bursts, float* to, Ahead& ahead) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (!x_->reduction_contiguous && panels_.size(panel) == panels_.pitch) {
+        ahead.burst = ceil_div(depth_, bursts);
+        ahead.copy_rows = rows_.data();
+        ahead.copies_left = depth_;
+        ahead.copy_first = panels_.start(panel);
+        ahead.to = to;
+        return true;
+      }
+    }
+    const bool across = x_->reduction_contiguous;
+    ahead.ask_rows = reinterpret_cast<const char* const*>(rows_.data() + (across ? panels_.start(panel) - panels_.first : 0));
+    ahead.asks_left = across ? panels_.size(panel) : depth_;
+    ahead.offset = across ? 0 : panels_.start(panel) * sizeof(T);
+    ahead.lines = ceil_div((across ? depth_ : panels_.size(panel)) * sizeof(T), 64);
+    ahead.burst = ceil_div(ahead.asks_left * ahead.lines, bursts);
+    return false;
+  }
+
+ private:
+  const Operand<T>* x_ = nullptr;
+  Panels panels_{};
+  int64_t outer_ = 0, depth_ = 0;
+  std::vector<const T*> rows_;
+};
+
+// From float sums to c.
+template <class T, class Out>
+void write_sums(const Gemm<T, Out>& g, const float* sums, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r, sums += stride) {
+    Out* out = g.c_row(row + r) + column;
+    for (int64_t j = 0; j < columns; ++j) {
+      out[j] = from_float<Out>(g.accumulate ? to_float(out[j]) + sums[j] : sums[j]);
     }
   }
 }
 
 template <class T, class Out>
-void run_task_into(const Gemm<T, Out>& g, const Task& task, Scratch& scratch) {
-  if constexpr (std::is_same_v<Out, float>) {
-    if (!g.accumulate && !g.c_index) {
-      run_task(g, task, g.c_row(task.row) + task.column, g.c_stride, scratch);
-      return;
-    }
-  }
-  float* c = scratch.c.at_least(task.rows * task.columns);
-  run_task(g, task, c, task.columns, scratch);
-  for (int64_t r = 0; r < task.rows; ++r, c += task.columns) {
-    Out* out = g.c_row(task.row + r) + task.column;
-    for (int64_t j = 0; j < task.columns; ++j) {
-      out[j] = from_float<Out>(g.accumulate ? to_float(out[j]) + c[j] : c[j]);
+void run_task(const Gemm<T, Out>& g, const Task& task, Scratch& scratch) {
+  const Tile& t = tile();
+  const Panels rows{task.row, task.row + task.rows, t.row_pitch, ceil_div(task.rows, t.rows), true};
+  const Panels columns{task.column, task.column + task.columns, t.columns, ceil_div(task.columns, t.columns), false};
+  const int64_t max_depth = std::min(kBlockK, g.k);
+  float* a = scratch.a.at_least(rows.count * t.row_pitch * max_depth);
+  float* b = scratch.b.at_least(2 * t.columns * max_depth);
+  const bool direct = std::is_same_v<Out, float> && !g.accumulate && !g.c_index;
+  const int64_t sums_stride = columns.count * t.columns;
+  const bool keep = g.k > kBlockK;
+  float* sums = scratch.sums.at_least(keep ? task.rows * sums_stride : t.rows * t.columns);
+  Source<T> a_source, b_source;
+  for (int64_t k = 0; k < g.k; k += kBlockK) {
+    const int64_t depth = std::min(kBlockK, g.k - k);
+    const bool last = k + depth == g.k;
+    a_source.set(g.a, g.m, rows, k, depth);
+    b_source.set(g.b, g.n, columns, k, depth);
+    a_source.pack(0, rows.count, a);
+    const int64_t bursts = rows.count * ceil_div(depth, kStepsPerBurst);
+    bool packed = false;
+    for (int64_t j = 0; j < columns.count; ++j) {
+      float* b_panel = b + j % 2 * b_source.panel_floats();
+      if (!packed) b_source.pack(j, j + 1, b_panel);
+      Ahead ahead;
+      packed = j + 1 < columns.count &&
+               b_source.work_ahead(j + 1, bursts, b + (j + 1) % 2 * b_source.panel_floats(), ahead);
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const bool in_place = direct && columns.size(j) == t.columns;
+        TileCall call{a + i * a_source.panel_floats(), b_panel, depth, sums, t.columns, k > 0};
+        if constexpr (std::is_same_v<Out, float>) {
+          if (in_place) {
+            call.c = g.c_row(rows.start(i)) + columns.start(j);
+            call.c_stride = g.c_stride;
+          }
+        }
+        if (!in_place && keep) {
+          call.c = sums + (rows.start(i) - task.row) * sums_stride + j * t.columns;
+          call.c_stride = sums_stride;
+        }
+        t.run(rows.size(i), call, ahead);
+        if (!in_place && last) {
+          write_sums(g, call.c, call.c_stride, rows.start(i), rows.size(i), columns.start(j), columns.size(j));
+        }
+      }
     }
   }
 }
@@ -204,11 +228,13 @@ template <class T, class Out>
 std::vector<Task> cut(const std::vector<Gemm<T, Out>>& groups, int64_t block_m, int64_t block_n) {
   std::vector<Task> tasks;
   for (size_t g = 0; g < groups.size(); ++g) {
-    if (groups[g].k == 0) continue;
-    for (int64_t r = 0; r < groups[g].m; r += block_m) {
+    if (groups[g].k == 0 || groups[g].m == 0) continue;
+    const int64_t fitting = kBlockFloats / std::min(groups[g].k, kBlockK);
+    const int64_t blocks = ceil_div(groups[g].m, std::min(block_m, fitting));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t r = groups[g].m * i / blocks, rows = groups[g].m * (i + 1) / blocks - r;
       for (int64_t j = 0; j < groups[g].n; j += block_n) {
-        tasks.push_back({static_cast<int64_t>(g), r, std::min(block_m, groups[g].m - r), j,
-                         std::min(block_n, groups[g].n - j)});
+        tasks.push_back({static_cast<int64_t>(g), r, rows, j, std::min(block_n, groups[g].n - j)});
       }
     }
   }
@@ -218,15 +244,16 @@ std::vector<Task> cut(const std::vector<Gemm<T, Out>>& groups, int64_t block_m, 
 // Large blocks pack least; they shrink until every thread has a few. The cut changes no bit of the result.
 template <class T, class Out>
 std::vector<Task> cut_for(const std::vector<Gemm<T, Out>>& groups, int threads) {
-  int64_t block_m = kBlockM, block_n = kBlockN / tile().columns * tile().columns;
+  const Tile& t = tile();
+  int64_t block_m = kBlockM, block_n = kBlockN;
   std::vector<Task> tasks = cut(groups, block_m, block_n);
   const int64_t enough = threads == 1 ? 1 : 4 * threads;
-  while (static_cast<int64_t>(tasks.size()) < enough && block_n > 2 * tile().columns) {
-    block_n = std::max<int64_t>(block_n / 2 / tile().columns, 1) * tile().columns;
+  while (static_cast<int64_t>(tasks.size()) < enough && block_n > 4 * t.columns) {
+    block_n /= 2;
     tasks = cut(groups, block_m, block_n);
   }
-  while (static_cast<int64_t>(tasks.size()) < enough && block_m > 4 * tile().rows) {
-    block_m = block_m / 2 / tile().rows * tile().rows;
+  while (static_cast<int64_t>(tasks.size()) < enough && block_m > 4 * t.rows) {
+    block_m /= 2;
     tasks = cut(groups, block_m, block_n);
   }
   return tasks;
@@ -252,7 +279,7 @@ void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads) {
   {
     thread_local Scratch scratch;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) run_task_into(groups[tasks[i].group], tasks[i], scratch);
+    for (int64_t i = 0; i < count; ++i) run_task(groups[tasks[i].group], tasks[i], scratch);
   }
 }
 
