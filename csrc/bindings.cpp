@@ -39,5 +39,12 @@ TORCH_LIBRARY(moetrain, m) {
   m.def("grouped_gemm_dgrad(Tensor grad, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor x, Tensor tokens_per_expert) -> Tensor");
 
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, str measure, bool causal, float scale, Tensor? valid) -> "
+      "(Tensor out, Tensor lse, Tensor importance)");
+  m.def(
+      "importance_from_lse(Tensor q, Tensor k, Tensor lse, str measure, bool causal, float scale, Tensor? valid) -> "
+      "Tensor");
+
   m.def("all_to_all(Tensor x, SymInt[] output_splits, SymInt[] input_splits, str group_name) -> Tensor");
 }
