@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/attention_tile.h"
 
@@ -18,9 +19,34 @@ struct Rows {
   int64_t stride, count, depth;
   const bool* visible;
 
-  T at(int64_t i, int64_t k) const { return holds(i) && k < depth ? data[i * stride + k] : from_float<T>(0.0f); }
   bool holds(int64_t i) const { return i < count && (!visible || visible[i]); }
+  bool holds4(int64_t i) const { return holds(i) && holds(i + 1) && holds(i + 2) && holds(i + 3); }
 };
+
+typedef float Float4 __attribute__((vector_size(16)));
+
+inline Float4 load4(const float* p) {
+  Float4 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Float4 load4(const bf16* p) { return Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+
+inline void store4(float* p, Float4 v) { std::memcpy(p, &v, sizeof v); }
+
+// to[k * width + i] = from[i * stride + k], 4 x 4.
+template <class T>
+inline void transpose4(const T* from, int64_t stride, float* to, int64_t width) {
+  typedef int32_t Int4 __attribute__((vector_size(16)));
+  const Float4 a = load4(from), b = load4(from + stride), c = load4(from + 2 * stride), d = load4(from + 3 * stride);
+  const Float4 ab01 = __builtin_shuffle(a, b, Int4{0, 4, 1, 5}), ab23 = __builtin_shuffle(a, b, Int4{2, 6, 3, 7});
+  const Float4 cd01 = __builtin_shuffle(c, d, Int4{0, 4, 1, 5}), cd23 = __builtin_shuffle(c, d, Int4{2, 6, 3, 7});
+  store4(to, __builtin_shuffle(ab01, cd01, Int4{0, 1, 4, 5}));
+  store4(to + width, __builtin_shuffle(ab01, cd01, Int4{2, 3, 6, 7}));
+  store4(to + 2 * width, __builtin_shuffle(ab23, cd23, Int4{0, 1, 4, 5}));
+  store4(to + 3 * width, __builtin_shuffle(ab23, cd23, Int4{2, 3, 6, 7}));
+}
 
 // Operands of the float tiles.
 struct FloatLayout {
@@ -34,14 +60,17 @@ struct FloatLayout {
 
   template <class T>
   static void pack_columns(const Rows<T>& from, int64_t width, float* to) {
-    for (int64_t i = 0; i < width; ++i) {
-      if (from.holds(i)) {
-        const T* row = from.data + i * from.stride;
-        for (int64_t k = 0; k < from.depth; ++k) to[k * width + i] = to_float(row[k]);
-      } else {
-        for (int64_t k = 0; k < from.depth; ++k) to[k * width + i] = 0.0f;
+    int64_t i = 0;
+    for (; i + 4 <= width; i += 4) {
+      int64_t k = 0;
+      if (from.holds4(i)) {
+        for (; k + 4 <= from.depth; k += 4) {
+          transpose4(from.data + i * from.stride + k, from.stride, to + k * width + i, width);
+        }
       }
+      for (int64_t j = i; j < i + 4; ++j) pack_column(from, j, k, width, to);
     }
+    for (; i < width; ++i) pack_column(from, i, 0, width, to);
   }
 
   // to[panel][key][column of the panel], panels `stride` apart.
@@ -56,6 +85,13 @@ struct FloatLayout {
         for (int64_t k = copied; k < width; ++k) to[i * width + k] = 0.0f;
       }
     }
+  }
+
+ private:
+  template <class T>
+  static void pack_column(const Rows<T>& from, int64_t i, int64_t k, int64_t width, float* to) {
+    const bool holds = from.holds(i);
+    for (; k < from.depth; ++k) to[k * width + i] = holds ? to_float(from.data[i * from.stride + k]) : 0.0f;
   }
 };
 

@@ -124,12 +124,12 @@ struct SoftmaxLoops {
   using V = typename Vec::type;
 
   static void softmax(float* s, P* w, int64_t width, float c, bool entropy, SoftmaxRows& rows) {
-    const V scale = Vec::broadcast(c);
+    // All maxima first: a row's exponentials wait for its own, and others fill the time.
+    float max[kRows];
+    for (int r = 0; r < kRows; ++r) max[r] = largest(s + r * kKeyBlock, width, rows.max[r]);
     for (int r = 0; r < kRows; ++r, s += kKeyBlock, w += kKeyBlock) {
-      const float before = rows.max[r], max = largest(s, width, before);
-      const V offset = Vec::multiply(Vec::broadcast(-max), scale);
-      const V shift = Vec::multiply_add(Vec::broadcast(before), scale, offset);
-      const float correction = Vec::first(Vec::exp2(shift));
+      const V scale = Vec::broadcast(c), offset = Vec::multiply(Vec::broadcast(-max[r]), scale);
+      const V shift = Vec::multiply_add(Vec::broadcast(rows.max[r]), scale, offset);
       V sum = Vec::zero(), weighted = Vec::zero();
       for (int64_t j = 0; j < width; j += Vec::kWidth) {
         const V x = Vec::multiply_add(Vec::load(s + j), scale, offset);
@@ -138,12 +138,11 @@ struct SoftmaxLoops {
         if (entropy) weighted = Vec::multiply_add(weight, x, weighted);
         Vec::store(w + j, weight);
       }
-      const float sum_before = rows.sum[r];
-      rows.max[r] = max;
+      const float correction = Vec::first(Vec::exp2(shift)), sum_before = rows.sum[r];
+      rows.max[r] = max[r];
       rows.correction[r] = correction;
       rows.sum[r] = sum_before * correction + Vec::sum_lanes(sum);
-      rows.weighted[r] =
-          (rows.weighted[r] + Vec::first(shift) * sum_before) * correction + Vec::sum_lanes(weighted);
+      rows.weighted[r] = (rows.weighted[r] + Vec::first(shift) * sum_before) * correction + Vec::sum_lanes(weighted);
     }
   }
 
@@ -180,9 +179,12 @@ struct SoftmaxLoops {
 
  private:
   static float largest(const float* s, int64_t width, float before) {
-    V most = Vec::broadcast(before);
-    for (int64_t j = 0; j < width; j += Vec::kWidth) most = Vec::max(most, Vec::load(s + j));
-    return Vec::max_lanes(most);
+    V even = Vec::broadcast(before), odd = even;  // a panel has two vectors at least
+    for (int64_t j = 0; j < width; j += 2 * Vec::kWidth) {
+      even = Vec::max(even, Vec::load(s + j));
+      odd = Vec::max(odd, Vec::load(s + j + Vec::kWidth));
+    }
+    return Vec::max_lanes(Vec::max(even, odd));
   }
 };
 
