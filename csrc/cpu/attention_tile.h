@@ -65,11 +65,7 @@ struct AttentionLoops {
   static void scores(const float* row, const float* panel, int64_t depth, int64_t panels, float* s) {
     for (int64_t p = 0; p < panels; ++p, panel += depth * kColumns, s += kColumns) {
       V acc[kRows][kVectors];
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::zero();
-      }
+      clear(acc);
       const float* a = row;
       const float* b = panel;
       for (int64_t k = 0; k < depth; ++k, a += kRows, b += kColumns) multiply_add(a, 1, b, acc);
@@ -85,25 +81,31 @@ struct AttentionLoops {
                      const float* correction, float* out) {
     for (int64_t p = 0; p < panels; ++p, value += stride, out += kRows * kColumns) {
       V acc[kRows][kVectors];
+      clear(acc);
+      const float* b = value;
+      for (int64_t k = 0; k < keys; ++k, b += kColumns) multiply_add(w + k, kKeyBlock, b, acc);
+      // The block's own sum first: shorter chains, smaller errors.
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const V factor = Vec::broadcast(correction[r]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = Vec::multiply(Vec::load(out + r * kColumns + v * Vec::kWidth), factor);
+          float* to = out + r * kColumns + v * Vec::kWidth;
+          Vec::store(to, Vec::multiply_add(Vec::load(to), factor, acc[r][v]));
         }
-      }
-      const float* b = value;
-      for (int64_t k = 0; k < keys; ++k, b += kColumns) multiply_add(w + k, kKeyBlock, b, acc);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) Vec::store(out + r * kColumns + v * Vec::kWidth, acc[r][v]);
       }
     }
   }
 
  private:
+  static inline __attribute__((always_inline)) void clear(V (&acc)[kRows][kVectors]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::zero();
+    }
+  }
+
   static inline __attribute__((always_inline)) void multiply_add(const float* a, int64_t a_stride, const float* b,
                                                                  V (&acc)[kRows][kVectors]) {
     V column[kVectors];

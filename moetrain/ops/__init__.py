@@ -4,7 +4,7 @@ specification in :mod:`moetrain.ops.reference`. Depends on torch only, so other 
 from moetrain.ops.all_to_all import all_to_all
 from moetrain.ops.expert_layer import expert_layer
 from moetrain.ops.grouped_gemm import grouped_gemm, row_invariant_linear
-from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_importance
+from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_with_importance
 from moetrain.ops.library import ExtensionError, ExtensionInfo, extension_info
 from moetrain.ops.permute import (
     PermutePlan,
@@ -23,7 +23,7 @@ __all__ = [
     "ExtensionInfo",
     "PermutePlan",
     "all_to_all",
-    "attention_importance",
+    "attention_with_importance",
     "combine",
     "expert_layer",
     "extension_info",
