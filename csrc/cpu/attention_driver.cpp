@@ -4,17 +4,42 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace moetrain {
 namespace {
 
+bool allowed(const char* isa) {
+  const char* wanted = std::getenv("MOETRAIN_CPU_ISA");
+  return !wanted || std::strcmp(wanted, isa) == 0;
+}
+
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (!allowed("amx") || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vl") ||
+      !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kAmxBf16) || !(edx & kAmxTile)) {
+    return false;
+  }
+  // Linux hands out the tile registers' state on request only, once for the process (arch_prctl(2)).
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 AttentionTile<float> choose_tile() {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("MOETRAIN_CPU_ISA");
-  const auto allowed = [&](const char* isa) { return !wanted || std::strcmp(wanted, isa) == 0; };
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
+  if ((allowed("amx") || allowed("avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
     return attention_tile_avx512();
   }
-  if ((allowed("avx512") || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if ((allowed("amx") || allowed("avx512") || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return attention_tile_avx2();
   }
 #endif
@@ -26,6 +51,16 @@ AttentionTile<float> choose_tile() {
 const AttentionTile<float>& float_tile() {
   static const AttentionTile<float> chosen = choose_tile();
   return chosen;
+}
+
+const AttentionTile<bf16>* amx_tile() {
+#if defined(__x86_64__)
+  static const AttentionTile<bf16> tile = attention_tile_amx();
+  static const bool granted = amx_granted();
+  return granted ? &tile : nullptr;
+#else
+  return nullptr;
+#endif
 }
 
 KeyMask::KeyMask(const AttentionShape& shape, int columns, Carver& carver)

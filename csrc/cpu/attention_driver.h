@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/attention_kernel.h"
 #include "cpu/attention_pack.h"
@@ -15,6 +16,33 @@ constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kLog2E = 1.44269504088896341f;
 
 const AttentionTile<float>& float_tile();
+const AttentionTile<bf16>* amx_tile();  // null where the CPU or the system has no AMX
+
+// Calls run(layout, tile) with what suits inputs of T best on this CPU.
+template <class T, class Run>
+auto with_tile(Run run) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (const AttentionTile<bf16>* tile = amx_tile()) return run(AmxLayout{}, *tile);
+  }
+  return run(FloatLayout{}, float_tile());
+}
+
+// What a tile needs around the work of a thread.
+template <class P>
+class Entered {
+ public:
+  explicit Entered(const AttentionTile<P>& tile) : tile_(tile) {
+    if (tile_.enter) tile_.enter();
+  }
+  ~Entered() {
+    if (tile_.leave) tile_.leave();
+  }
+  Entered(const Entered&) = delete;
+  Entered& operator=(const Entered&) = delete;
+
+ private:
+  const AttentionTile<P>& tile_;
+};
 
 // Hands out pieces of one piece of memory; without memory it only counts.
 class Carver {

@@ -61,6 +61,7 @@ class Forward {
     const int64_t row_blocks = (shape_.seq + task_rows - 1) / task_rows, heads = shape_.batch * shape_.heads;
 #pragma omp parallel num_threads(static_cast<int>(scratch_.size()))
     {
+      const Entered<P> entered(tile_);
 #pragma omp for
       for (int64_t b = 0; b < shape_.batch; ++b) mask_.fill(shape_, b);
 #pragma omp for schedule(dynamic)
@@ -204,21 +205,20 @@ class Forward {
   std::vector<Scratch<P>> scratch_;
 };
 
-template <class T, class Run>
-auto with_layout(const Attention<T>& a, int threads, void* memory, Run run) {
-  return run(Forward<T, FloatLayout>(a, float_tile(), threads, memory));
-}
-
 }  // namespace
 
 template <class T>
 size_t attention_workspace(const Attention<T>& a, int threads) {
-  return with_layout(a, threads, nullptr, [](auto forward) { return forward.bytes(); });
+  return with_tile<T>([&](auto layout, const auto& tile) {
+    return Forward<T, decltype(layout)>(a, tile, threads, nullptr).bytes();
+  });
 }
 
 template <class T>
 void attention_forward(const Attention<T>& a, int threads, void* workspace) {
-  with_layout(a, threads, workspace, [](auto forward) { forward.run(); });
+  with_tile<T>([&](auto layout, const auto& tile) {
+    Forward<T, decltype(layout)>(a, tile, threads, workspace).run();
+  });
 }
 
 template size_t attention_workspace<float>(const Attention<float>&, int);
@@ -237,6 +237,6 @@ void sum_over_heads(const float* statistic, const AttentionShape& shape, float* 
   }
 }
 
-const char* attention_isa(bool) { return float_tile().isa; }
+const char* attention_isa(bool is_bf16) { return is_bf16 && amx_tile() ? amx_tile()->isa : float_tile().isa; }
 
 }  // namespace moetrain

@@ -20,6 +20,7 @@ struct Rows {
   const bool* visible;
 
   bool holds(int64_t i) const { return i < count && (!visible || visible[i]); }
+  T at(int64_t i, int64_t k) const { return holds(i) && k < depth ? data[i * stride + k] : from_float<T>(0.0f); }
   bool holds4(int64_t i) const { return holds(i) && holds(i + 1) && holds(i + 2) && holds(i + 3); }
 };
 
@@ -92,6 +93,47 @@ struct FloatLayout {
   static void pack_column(const Rows<T>& from, int64_t i, int64_t k, int64_t width, float* to) {
     const bool holds = from.holds(i);
     for (; k < from.depth; ++k) to[k * width + i] = holds ? to_float(from.data[i * from.stride + k]) : 0.0f;
+  }
+};
+
+// Operands of AMX tiles of 16 rows of 64 bytes: 16 outer x 32 k as rows, or 16 pairs of k x 16 outer as pairs.
+struct AmxLayout {
+  using Packed = bf16;
+  static constexpr int64_t kHalf = 16, kTileDepth = 32, kTileElements = kHalf * kTileDepth;
+
+  static int64_t padded_depth(int64_t depth) { return round_up(depth, kTileDepth); }
+
+  // to[half][tile of k][16 outer][32 k]
+  static void pack_rows(const Rows<bf16>& from, int64_t width, bf16* to) {
+    const int64_t tiles = padded_depth(from.depth) / kTileDepth;
+    for (int64_t i = 0; i < width; ++i) {
+      bf16* row = to + i / kHalf * tiles * kTileElements + i % kHalf * kTileDepth;
+      for (int64_t k = 0; k < from.depth || k % kTileDepth != 0; ++k) {
+        row[k / kTileDepth * kTileElements + k % kTileDepth] = from.at(i, k);
+      }
+    }
+  }
+
+  // to[half][tile of k][16 pairs of k][16 outer][2]
+  static void pack_columns(const Rows<bf16>& from, int64_t width, bf16* to) {
+    const int64_t tiles = padded_depth(from.depth) / kTileDepth;
+    for (int64_t i = 0; i < width; ++i) {
+      bf16* column = to + i / kHalf * tiles * kTileElements + i % kHalf * 2;
+      for (int64_t k = 0; k < from.depth || k % kTileDepth != 0; k += 2) {
+        const bf16 pair[2] = {from.at(i, k), from.at(i, k + 1)};
+        std::memcpy(column + k / 2 * kTileDepth, pair, sizeof pair);
+      }
+    }
+  }
+
+  // to[panel of 32 columns][tile of 32 keys][half of the columns][16 pairs of keys][16 columns][2], panels `stride` apart.
+  static void pack_values(const Rows<bf16>& from, int64_t keys, int64_t width, int64_t stride, bf16* to) {
+    for (int64_t i = 0; i < keys; ++i) {
+      bf16* key = to + i / kTileDepth * 2 * kTileElements + i % kTileDepth / 2 * kTileDepth + i % 2;
+      for (int64_t k = 0; k < from.depth || k % width != 0; ++k) {
+        key[k / width * stride + k % width / kHalf * kTileElements + k % kHalf * 2] = from.at(i, k);
+      }
+    }
   }
 };
 

@@ -52,6 +52,7 @@ class Received {
     const int64_t task_rows = task_strips_ * tile_.rows, row_blocks = (shape_.seq + task_rows - 1) / task_rows;
 #pragma omp parallel num_threads(static_cast<int>(scratch_.size()))
     {
+      const Entered<P> entered(tile_);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < heads * blocks; ++i) pack(i / blocks, i % blocks * kKeyBlock);
       // Under a causal mask early keys are seen by most queries: they come first, and the threads end together.
@@ -139,21 +140,20 @@ float dot(const T* x, const T* y, int64_t depth) {
   return sum;
 }
 
-template <class T, class Run>
-auto with_layout(const FromLse<T>& a, int threads, void* memory, Run run) {
-  return run(Received<T, FloatLayout>(a, float_tile(), threads, memory));
-}
-
 }  // namespace
 
 template <class T>
 size_t received_workspace(const FromLse<T>& a, int threads) {
-  return with_layout(a, threads, nullptr, [](auto received) { return received.bytes(); });
+  return with_tile<T>([&](auto layout, const auto& tile) {
+    return Received<T, decltype(layout)>(a, tile, threads, nullptr).bytes();
+  });
 }
 
 template <class T>
 void attention_received(const FromLse<T>& a, int threads, void* workspace) {
-  with_layout(a, threads, workspace, [](auto received) { received.run(); });
+  with_tile<T>([&](auto layout, const auto& tile) {
+    Received<T, decltype(layout)>(a, tile, threads, workspace).run();
+  });
 }
 
 template <class T>

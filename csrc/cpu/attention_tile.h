@@ -35,6 +35,9 @@ struct AttentionTile {
   int rows;     // of a strip
   int columns;  // of a panel: keys, or columns of the values
 
+  // Around the work of a thread; null where there is nothing to set up.
+  void (*enter)();
+  void (*leave)();
   // s[r][j] = row r . column j, for whole panels of columns.
   void (*scores)(const P* row, const P* panel, int64_t depth, int64_t panels, float* s);
   // s becomes weights relative to the new maximum: w[r][j] = exp2(c * (s[r][j] - max[r])); w may be s.
@@ -54,6 +57,7 @@ AttentionTile<float> attention_tile_base();
 #if defined(__x86_64__)
 AttentionTile<float> attention_tile_avx2();
 AttentionTile<float> attention_tile_avx512();
+AttentionTile<bf16> attention_tile_amx();
 #endif
 
 // Vec, beside what run_tile of gemm_tile.h asks for: multiply, max (a NaN in y survives), exp2, sum_lanes, max_lanes.
@@ -209,6 +213,8 @@ constexpr AttentionTile<float> float_attention_tile(const char* isa) {
   return {isa,
           kRows,
           Loops::kColumns,
+          nullptr,
+          nullptr,
           &Loops::scores,
           &Softmax::softmax,
           &Loops::values,
