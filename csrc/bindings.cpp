@@ -62,5 +62,12 @@ TORCH_LIBRARY(moetrain, m) {
       "Tensor tokens_per_set, Tensor z) -> "
       "(Tensor dx, Tensor ddown, Tensor ddown_bias, Tensor dup, Tensor dup_bias)");
 
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, str measure, bool causal, float scale, Tensor? valid) -> "
+      "(Tensor out, Tensor lse, Tensor importance)");
+  m.def(
+      "importance_from_lse(Tensor q, Tensor k, Tensor lse, str measure, bool causal, float scale, Tensor? valid) -> "
+      "Tensor");
+
   m.def("all_to_all(Tensor x, SymInt[] output_splits, SymInt[] input_splits, str group_name) -> Tensor");
 }

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.ops import attention_importance
+from moetrain.ops import attention_with_importance
 
 
 class ImportanceAttention(nn.Module):
@@ -59,7 +58,11 @@ class ImportanceAttention(nn.Module):
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         if self.measure is not None:
-            self._importance_SB = self._importance(query_SBHd, key_SBGd)
+            context, total_SB = attention_with_importance(
+                query_SBHd, key_SBGd, value_SBGd, self.measure, causal=True, scale=self.scale
+            )
+            self._importance_SB = self._mean_over_heads(total_SB)
+            return context.flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBHd, key_SBGd, value_SBGd))
         grouped = q.shape[1] != k.shape[1]
         context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
@@ -71,10 +74,7 @@ class ImportanceAttention(nn.Module):
         importance_SB, self._importance_SB = self._importance_SB, None
         return importance_SB
 
-    @torch.no_grad()
-    def _importance(self, query_SBHd: Tensor, key_SBGd: Tensor) -> Tensor:
-        assert self.measure is not None
-        total_SB = attention_importance(query_SBHd, key_SBGd, self.measure, causal=True, scale=self.scale)
+    def _mean_over_heads(self, total_SB: Tensor) -> Tensor:
         if self.tensor_group.size() > 1:
             dist.all_reduce(total_SB, group=self.tensor_group)
         return total_SB / self.num_heads

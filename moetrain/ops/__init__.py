@@ -10,7 +10,7 @@ from moetrain.ops.grouped_gemm import (
     grouped_gemm_wgrad_out,
     row_invariant_linear,
 )
-from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_importance
+from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_with_importance
 from moetrain.ops.library import ExtensionError, ExtensionInfo, extension_info
 from moetrain.ops.permute import (
     PermutePlan,
@@ -29,7 +29,7 @@ __all__ = [
     "ExtensionInfo",
     "PermutePlan",
     "all_to_all",
-    "attention_importance",
+    "attention_with_importance",
     "combine",
     "expert_layer",
     "extension_info",

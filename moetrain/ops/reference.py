@@ -105,23 +105,59 @@ def generated_experts(
     return torch.stack(outputs).to(x_TD.dtype) if outputs else x_TD.clone()
 
 
-def attention_importance(q_SBHd: Tensor, k_SBGd: Tensor, measure: str, causal: bool, scale: float) -> Tensor:
-    """The whole attention matrix at once; see :func:`moetrain.ops.attention_importance` for the measures."""
-    seq, _, heads, _ = q_SBHd.shape
+def _scores(
+    q_SBHd: Tensor, k_SBGd: Tensor, causal: bool, scale: float, valid_BS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, H, S, S]`` (hidden ones -inf), and which are visible ``[B, 1, S, S]``."""
+    seq, batch, heads, _ = q_SBHd.shape
+    wide = torch.promote_types(q_SBHd.dtype, torch.float32)
     k_SBHd = k_SBGd.repeat_interleave(heads // k_SBGd.size(2), dim=2)
-    scores_BHSS = torch.einsum("ibhd,jbhd->bhij", q_SBHd.float(), k_SBHd.float()) * scale
-    visible_SS = torch.ones(seq, seq, dtype=torch.bool, device=q_SBHd.device)
+    scores_BHSS = torch.einsum("ibhd,jbhd->bhij", q_SBHd.to(wide), k_SBHd.to(wide)) * scale
+    visible_B1SS = torch.ones(batch, 1, seq, seq, dtype=torch.bool, device=q_SBHd.device)
     if causal:
-        visible_SS = visible_SS.tril()
-    p_BHSS = scores_BHSS.masked_fill(~visible_SS, -math.inf).softmax(dim=-1)
+        visible_B1SS = visible_B1SS.tril()
+    if valid_BS is not None:
+        visible_B1SS = visible_B1SS & valid_BS[:, None, None, :] & valid_BS[:, None, :, None]
+    return scores_BHSS.masked_fill(~visible_B1SS, -math.inf), visible_B1SS
+
+
+def _softmax(scores_BHSS: Tensor, visible_B1SS: Tensor) -> Tensor:
+    """Rows that see nothing give zeros, with a gradient of zero."""
+    sees_B1S1 = visible_B1SS.any(dim=-1, keepdim=True)
+    return torch.where(sees_B1S1, scores_BHSS.masked_fill(~sees_B1S1, 0.0).softmax(dim=-1), 0.0)
+
+
+def attention(
+    q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, causal: bool, scale: float, valid_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` as ``[S, B, H, d]``, and the log of the softmax's denominator ``[B, H, S]``.
+
+    Tokens that are not valid are seen by nobody and see nothing: zeros, and a log of infinity.
+    """
+    scores_BHSS, visible_B1SS = _scores(q_SBHd, k_SBGd, causal, scale, valid_BS)
+    p_BHSS = _softmax(scores_BHSS, visible_B1SS)
+    v_SBHd = v_SBGd.repeat_interleave(q_SBHd.size(2) // v_SBGd.size(2), dim=2)
+    context_SBHd = torch.einsum("bhij,jbhd->ibhd", p_BHSS, v_SBHd.to(p_BHSS.dtype))
+    lse_BHS = scores_BHSS.logsumexp(dim=-1).masked_fill(~visible_B1SS.any(dim=-1), math.inf)
+    return context_SBHd.to(q_SBHd.dtype), lse_BHS
+
+
+def attention_importance(
+    q_SBHd: Tensor, k_SBGd: Tensor, measure: str, causal: bool, scale: float, valid_BS: Tensor | None = None
+) -> Tensor:
+    """The whole attention matrix at once; see :func:`moetrain.ops.attention_with_importance` for the measures."""
+    scores_BHSS, visible_B1SS = _scores(q_SBHd, k_SBGd, causal, scale, valid_BS)
+    p_BHSS = _softmax(scores_BHSS, visible_B1SS)
+    seen_B1S = visible_B1SS.sum(dim=-1)
     if measure == "self_weight":
         importance_BHS = p_BHSS.diagonal(dim1=-2, dim2=-1)
     elif measure == "row_max":
         importance_BHS = p_BHSS.amax(dim=-1)
     elif measure == "row_entropy":
         entropy_BHS = -torch.xlogy(p_BHSS, p_BHSS).sum(dim=-1)
-        importance_BHS = entropy_BHS / visible_SS.sum(dim=-1).float().log().clamp(min=1e-9)
-        importance_BHS = importance_BHS.masked_fill(visible_SS.sum(dim=-1) == 1, 0.0)
-    else:
+        importance_BHS = torch.where(seen_B1S > 1, entropy_BHS / seen_B1S.clamp(min=2).log(), 0.0)
+    elif measure == "col_max":
         importance_BHS = p_BHSS.amax(dim=-2)
+    else:
+        importance_BHS = p_BHSS.sum(dim=-2)
     return importance_BHS.sum(dim=1).T
