@@ -5,8 +5,6 @@ Legend: T tokens, K expert slots a token, R routed rows, E experts, D hidden siz
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -88,25 +86,3 @@ def _backward_fake(
         x.new_empty(shapes[2]),
         x.new_empty(shapes[3]),
     )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, save = inputs
-    _, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
-    if save:
-        ctx.save_for_backward(*tensors, z)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    *tensors, z = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:4])
-    gradients = _ops.expert_layer_backward(grad, *tensors, z, wanted)
-    found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    return (*found, None, None, None, None)
-
-
-torch.library.register_autograd("moetrain::expert_layer_forward", _backward, setup_context=_setup)

@@ -7,8 +7,6 @@ Source: the adapter of arXiv 2402.12656 and its official code (Bumble666/Hyper_M
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -61,19 +59,3 @@ def _backward_fake(
     sets, bottleneck, hidden = down.shape
     shapes = [x.shape, down.shape, (sets, bottleneck), up.shape, (sets, hidden)]
     return tuple(x.new_empty(shape) for shape in shapes)
-
-
-def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, down, _, up, _, row_token, tokens_per_set = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, down, up, row_token, tokens_per_set, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
-    return (*_ops.generated_experts_backward(grad, *ctx.saved_tensors), None, None)
-
-
-torch.library.register_autograd("moetrain::generated_experts", _backward, setup_context=_setup)

@@ -10,8 +10,6 @@ needs it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -97,22 +95,3 @@ def _gathered_fake(x: Tensor, w: Tensor, row_source: Tensor, tokens_per_expert: 
 @torch.library.register_fake("moetrain::grouped_gemm_wgrad_out")
 def _wgrad_out_fake(grad: Tensor, x: Tensor, tokens_per_expert: Tensor, out: Tensor, accumulate: bool) -> None:
     return None
-
-
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    x, w, tokens_per_expert = inputs
-    # The gradient of x needs the weight and that of the weight x: what nobody needs is not kept alive.
-    ctx.save_for_backward(
-        x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None, tokens_per_expert
-    )
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, w, tokens_per_expert = ctx.saved_tensors
-    grad = grad.contiguous()
-    dx = _ops.grouped_gemm_dgrad(grad, w, tokens_per_expert) if ctx.needs_input_grad[0] else None
-    dw = _ops.grouped_gemm_wgrad(grad, x, tokens_per_expert) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
-
-
-torch.library.register_autograd("moetrain::grouped_gemm", _backward, setup_context=_setup)

@@ -30,7 +30,7 @@ class ExtensionError(DependencyError, ImportError):
 
 
 class ExtensionInfo(NamedTuple):
-    """What is loaded: ``cpu_isa`` is ``avx512``, ``avx2`` or ``base``; ``cuda``: has CUDA kernels."""
+    """What is loaded: ``cpu_isa`` is ``amx``, ``avx512``, ``avx2`` or ``base``; ``cuda``: has CUDA kernels."""
 
     path: Path
     built_with_torch: str

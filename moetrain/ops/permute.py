@@ -9,7 +9,7 @@ slot is a row.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def reorder_by_expert(counts_WE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index_R, inverse_R, counts_WE.sum(dim=0)
 
 
-# ---- fake kernels (shapes only) and autograd formulas
+# ---- fake kernels: shapes only. Gradients are in csrc/autograd.cpp.
 
 
 @torch.library.register_fake("moetrain::plan_permutation")
@@ -152,35 +152,3 @@ def _combine_backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, slot_row
 @torch.library.register_fake("moetrain::gather_rows")
 def _gather_fake(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(index.size(0), x.size(1))
-
-
-def _save_plan(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _ops.unpermute_rows(grad, *ctx.saved_tensors), None, None
-
-
-def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _ops.permute_rows(grad, *ctx.saved_tensors), None, None
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    index, inverse = ctx.saved_tensors
-    return _ops.gather_rows(grad, inverse, index), None, None
-
-
-def _save_all(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_rows, grad_weights = _ops.combine_rows_backward(grad, *ctx.saved_tensors)
-    return grad_rows, grad_weights, None
-
-
-torch.library.register_autograd("moetrain::permute_rows", _permute_backward, setup_context=_save_plan)
-torch.library.register_autograd("moetrain::unpermute_rows", _unpermute_backward, setup_context=_save_plan)
-torch.library.register_autograd("moetrain::gather_rows", _gather_backward, setup_context=_save_plan)
-torch.library.register_autograd("moetrain::combine_rows", _combine_backward, setup_context=_save_all)
