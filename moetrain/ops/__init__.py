@@ -1,7 +1,7 @@
 """Operators for mixture-of-experts layers: compiled (``csrc/``), differentiable, with a plain-torch
 specification in :mod:`moetrain.ops.reference`. Depends on torch only, so other projects can use it."""
 
-from moetrain.ops.all_to_all import all_to_all
+from moetrain.ops.all_to_all import PendingRows, all_to_all, start_all_to_all
 from moetrain.ops.expert_layer import expert_layer
 from moetrain.ops.grouped_gemm import grouped_gemm, row_invariant_linear
 from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_importance
@@ -21,6 +21,7 @@ __all__ = [
     "NONCAUSAL_MEASURES",
     "ExtensionError",
     "ExtensionInfo",
+    "PendingRows",
     "PermutePlan",
     "all_to_all",
     "attention_importance",
@@ -33,5 +34,6 @@ __all__ = [
     "plan_permutation",
     "reorder_by_expert",
     "row_invariant_linear",
+    "start_all_to_all",
     "unpermute",
 ]

@@ -1,4 +1,4 @@
-"""Uneven all-to-all of rows over a process group, differentiable.
+"""Uneven all-to-all of rows over a process group, differentiable: one that waits, and one that can be waited for later.
 
 Legend: R rows sent, S rows received, D any trailing shape.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moetrain.ops import library as _library  # noqa: F401  (registers the operators)
 
@@ -46,6 +47,124 @@ def all_to_all(
             )
         return x_RD
     return _ops.all_to_all(x_RD, outputs, inputs, group.group_name)
+
+
+def start_all_to_all(
+    x_RD: Tensor,
+    output_splits: Sequence[int],
+    input_splits: Sequence[int],
+    group: dist.ProcessGroup,
+    out_SD: Tensor | None = None,
+) -> PendingRows:
+    """:func:`all_to_all` that returns at once; ``wait`` of the result gives the rows.
+
+    What stands between start and wait runs while the rows travel: in the forward, and again in the backward, where the
+    gradients leave when autograd reaches the wait and are waited for when it reaches the start. Autograd works
+    backward through the order of the forward, so every rank starts its exchanges in the same order if all ranks did
+    so in the forward.
+
+    Args:
+        out_SD: a contiguous place for the rows; there is no gradient then.
+
+    Communication, errors: those of :func:`all_to_all`. On CUDA nothing here waits on the host: starting and waiting
+    order the current stream and the group's.
+    """
+    exchange = _Exchange(list(output_splits), list(input_splits), group)
+    exchange.check(x_RD)
+    if out_SD is not None or not (torch.is_grad_enabled() and x_RD.requires_grad):
+        return PendingRows(exchange, exchange.post(x_RD.detach(), out_SD), differentiable=False)
+    return PendingRows(exchange, _Depart.apply(x_RD, exchange), differentiable=True)
+
+
+class PendingRows:
+    """Rows that an all-to-all is bringing. Not to be read before `wait` has returned them."""
+
+    def __init__(self, exchange: _Exchange, rows_SD: Tensor, differentiable: bool) -> None:
+        self._exchange, self._rows_SD, self._differentiable = exchange, rows_SD, differentiable
+
+    def wait(self) -> Tensor:
+        """The rows, in order of source rank; to be called once, as nothing here keeps them alive afterwards."""
+        rows_SD, exchange = self._rows_SD, self._exchange
+        del self._rows_SD, self._exchange
+        if self._differentiable:
+            return _Arrive.apply(rows_SD, exchange)  # pyright: ignore[reportReturnType]
+        exchange.finish()
+        return rows_SD
+
+
+class _Exchange:
+    """One all-to-all, there and (for gradients) back."""
+
+    def __init__(self, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup) -> None:
+        self.output_splits, self.input_splits, self.group = output_splits, input_splits, group
+        self.homeward: tuple[_Exchange, Tensor] | None = None
+        self._work: dist.Work | None = None
+        self._sent: Tensor | None = None
+
+    def check(self, x_RD: Tensor) -> None:
+        size = self.group.size()
+        for name, splits in (("output_splits", self.output_splits), ("input_splits", self.input_splits)):
+            if len(splits) != size:
+                raise ValueError(f"all_to_all: {name} has {len(splits)} entries, the group has {size} ranks")
+            if min(splits) < 0:
+                raise ValueError(f"all_to_all: {name} must not be negative, it is {splits}")
+        if sum(self.input_splits) != x_RD.size(0):
+            raise ValueError(f"all_to_all: input_splits sum to {sum(self.input_splits)}, x has {x_RD.size(0)} rows")
+
+    def reversed(self) -> _Exchange:
+        return _Exchange(self.input_splits, self.output_splits, self.group)
+
+    def post(self, x_RD: Tensor, out_SD: Tensor | None = None) -> Tensor:
+        """Sends; the result is filled once `finish` has returned."""
+        if self.group.size() == 1:
+            return x_RD if out_SD is None else out_SD.copy_(x_RD)
+        if out_SD is None:
+            out_SD = x_RD.new_empty(sum(self.output_splits), *x_RD.shape[1:])
+        self._sent = x_RD.contiguous()  # must live until the backend has read it
+        self._work = dist.all_to_all_single(
+            out_SD, self._sent, self.output_splits, self.input_splits, group=self.group, async_op=True
+        )
+        return out_SD
+
+    def finish(self) -> None:
+        if self._work is not None:
+            self._work.wait()  # releases the interpreter lock
+        self._work = self._sent = None
+
+
+class _Depart(torch.autograd.Function):
+    """Posts the rows; its backward waits for their gradients, which `_Arrive`'s has posted."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        rows = exchange.post(x_RD)
+        return rows.view_as(rows) if rows is x_RD else rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, unfilled_SD: Tensor) -> tuple[Tensor, None]:
+        exchange, grad_RD = ctx.exchange.homeward
+        ctx.exchange.homeward = None
+        exchange.finish()
+        return grad_RD, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.finish()
+        ctx.mark_dirty(rows_SD)
+        return rows_SD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None]:
+        homeward = ctx.exchange.reversed()
+        ctx.exchange.homeward = (homeward, homeward.post(grad_SD))
+        # What `_Depart` gets from here has no meaning but its shape; it waits for what was posted.
+        return grad_SD, None
 
 
 @torch.library.register_fake("moetrain::all_to_all")
