@@ -6,7 +6,6 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -27,15 +26,14 @@ class Dispatch:
         x_TD: the tokens.
         plan: their rows, by expert; in several rounds, by round first.
         rounds: who sends how much to whom.
-        arrive: waits for the rows that come to this rank's experts; None with several rounds or one rank.
-        first: with several rounds, the rows of the first one if they have left already.
+        first: the rows that come to this rank's experts, in the first round. None if they have not been sent, or have
+            nowhere to go (one rank, one round).
     """
 
     x_TD: Tensor
     plan: PermutePlan
     rounds: Rounds
-    arrive: Callable[[], Tensor] | None = None
-    first: list[PendingRows] | None = None
+    first: PendingRows | None = None
 
 
 class TokenDispatcher:
@@ -49,7 +47,9 @@ class TokenDispatcher:
     def __init__(self, num_experts: int, expert_group: dist.ProcessGroup, config: DispatchConfig) -> None:
         self.num_experts = num_experts
         self.group = expert_group
-        self.max_rows, self.overlap = config.max_rows, config.overlap
+        self.max_rows = config.max_rows
+        # One rank has no journeys to work through, and would only hold rows of two rounds at a time.
+        self.overlap = config.overlap and expert_group.size() > 1
 
     def start(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatch:
         """Sends the rows (of the first round). With `overlap` they travel while the caller does other work.
@@ -62,16 +62,15 @@ class TokenDispatcher:
         if len(rounds) > 1:
             plan = by_rounds(plan, rounds)
             route = self._route(plan, rounds)
-            first = route.leave(0, [route.tokens(x_TD, 0)]) if self.overlap else None
-            return Dispatch(x_TD, plan, rounds, first=first)
+            first = route.leave(0, [route.tokens(x_TD, 0)])[0] if self.overlap else None
+            return Dispatch(x_TD, plan, rounds, first)
         if self.group.size() == 1:
             return Dispatch(x_TD, plan, rounds)
-        rows_RD = permute(x_TD, plan)
         splits = rounds.received_NW[0], rounds.sent_NW[0]
+        rows_RD = permute(x_TD, plan)
         if self.overlap:
-            return Dispatch(x_TD, plan, rounds, arrive=start_all_to_all(rows_RD, *splits, self.group).wait)
-        arrived_MD = all_to_all(rows_RD, *splits, self.group)
-        return Dispatch(x_TD, plan, rounds, arrive=lambda: arrived_MD)
+            return Dispatch(x_TD, plan, rounds, start_all_to_all(rows_RD, *splits, self.group))
+        return Dispatch(x_TD, plan, rounds, PendingRows.arrived(all_to_all(rows_RD, *splits, self.group)))
 
     def finish(self, dispatch: Dispatch, weights_TK: Tensor, experts: GroupedExperts) -> Tensor:
         """Weighted sum of each token's expert outputs, [T, D].
@@ -79,14 +78,15 @@ class TokenDispatcher:
         Communication: with W > 1 one all-to-all of rows, and for each further round two; in the backward as many, with
         several rounds five each.
         """
-        plan, rounds = dispatch.plan, dispatch.rounds
+        plan, rounds, first = dispatch.plan, dispatch.rounds, dispatch.first
         if len(rounds) > 1:
             route = self._route(plan, rounds)
-            return RoundTrips.apply(dispatch.x_TD, weights_TK, experts.fc1, experts.fc2, route, dispatch.first)
-        if dispatch.arrive is None:
+            return RoundTrips.apply(dispatch.x_TD, weights_TK, experts.fc1, experts.fc2, route, first)
+        if first is None:
             return experts(dispatch.x_TD, weights_TK, plan)
-        arrived_MD = dispatch.arrive()
-        results_MD = experts(arrived_MD, None, arrival_plan(rounds.arriving_NWL[0].to(arrived_MD.device)))
+        arrivals = arrival_plan(rounds.arriving_NWL[0].to(weights_TK.device))
+        # No name for the arrived rows: they are free when the experts are done with them.
+        results_MD = experts(first.wait(), None, arrivals)
         home_RD = all_to_all(results_MD, rounds.sent_NW[0], rounds.received_NW[0], self.group)
         return combine(home_RD, weights_TK, plan)
 

@@ -73,16 +73,16 @@ class Route:
         return arrival_plan(counts_WL.to(self.plan.row_token_R.device))
 
     def leave(self, number: int, rows: list[Tensor]) -> list[PendingRows]:
-        """Start for the experts' ranks with tensors that have one row per traveler."""
+        """Start for the experts' ranks with tensors that have one row per traveler, and are used up by this."""
         received_W, sent_W = self.rounds.received_NW[number], self.rounds.sent_NW[number]
-        return [start_all_to_all(r, received_W, sent_W, self.group) for r in rows]
+        return [_used_up(r, start_all_to_all(r, received_W, sent_W, self.group)) for r in rows]
 
     def go_home(self, number: int, results: list[Tensor], homes: list[Tensor]) -> list[PendingRows]:
-        """Start with results for each arrived row; they will lie in this round's part of the `homes`."""
+        """Start with results for each arrived row, which are used up; they will lie in this round's part of `homes`."""
         received_W, sent_W = self.rounds.received_NW[number], self.rounds.sent_NW[number]
         places = [home[self.travelers(number)] for home in homes]
         return [
-            start_all_to_all(r, sent_W, received_W, self.group, place) for r, place in zip(results, places, strict=True)
+            _used_up(r, start_all_to_all(r, sent_W, received_W, self.group, place)) for r, place in zip(results, places, strict=True)
         ]
 
     def travel(
@@ -116,6 +116,22 @@ def _arrive(pending: list[PendingRows]) -> list[Tensor]:
     return [rows.wait() for rows in pending]
 
 
+def _used_up(sent: Tensor, pending: PendingRows) -> PendingRows:
+    """Frees what was sent at the moment that it has been sent.
+
+    Dropping it is not enough: a worker thread of gloo lets go of its tensors a while after it has said that it is done,
+    and until then they would come on top of the ceiling.
+    """
+
+    def arrive() -> Tensor:
+        rows = pending.wait()
+        if rows.data_ptr() != sent.data_ptr():  # in a group of one they are the same memory
+            sent.untyped_storage().resize_(0)
+        return rows
+
+    return PendingRows(arrive)
+
+
 class RoundTrips(torch.autograd.Function):
     """Weighted sum of each token's expert outputs, computed in the rounds of a `Route`."""
 
@@ -127,7 +143,7 @@ class RoundTrips(torch.autograd.Function):
         fc1_LFD: Tensor,
         fc2_LDF: Tensor,
         route: Route,
-        first: list[PendingRows] | None,
+        first: PendingRows | None,
     ) -> Tensor:
         """`first`: the rows of round 0, if they have left already."""
         ctx.save_for_backward(x_TD, weights_TK, fc1_LFD, fc2_LDF)
@@ -141,7 +157,8 @@ class RoundTrips(torch.autograd.Function):
             own = slice(here.start, here.stop)
             return [expert_layer(arrived[0], None, fc1_LFD[own], fc2_LDF[own], route.arrivals(number))]
 
-        route.travel(lambda number: [route.tokens(x_TD, number)], at_experts, [home_RD], first)
+        coming = None if first is None else [first]
+        route.travel(lambda number: [route.tokens(x_TD, number)], at_experts, [home_RD], coming)
         return combine(home_RD, weights_TK, route.plan)
 
     @staticmethod
@@ -150,14 +167,13 @@ class RoundTrips(torch.autograd.Function):
         x_TD, weights_TK, fc1_LFD, fc2_LDF = ctx.saved_tensors
         route: Route = ctx.route
         plan = route.plan
-        weights_R1 = weights_TK.detach().view(-1)[plan.row_slot_R][:, None]
-        home_RD = x_TD.new_empty(weights_R1.shape[0], x_TD.shape[1])
-        home_R1 = torch.empty_like(weights_R1)
+        num_rows = plan.row_slot_R.numel()
+        home_RD, home_R1 = x_TD.new_empty(num_rows, x_TD.shape[1]), weights_TK.new_empty(num_rows, 1)
         grad_fc1, grad_fc2 = _WeightGradient(fc1_LFD), _WeightGradient(fc2_LDF)
 
         def outward(number: int) -> list[Tensor]:
-            rows = (route.tokens(values, number) for values in (x_TD, grad_TD))
-            return [*rows, weights_R1[route.travelers(number)]]
+            weights_R1 = weights_TK.detach().reshape(-1, 1).index_select(0, plan.row_slot_R[route.travelers(number)])
+            return [route.tokens(x_TD, number), route.tokens(grad_TD, number), weights_R1]
 
         def at_experts(number: int, arrived: list[Tensor]) -> list[Tensor]:
             here = route.rounds.experts(number)

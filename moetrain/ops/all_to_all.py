@@ -5,7 +5,7 @@ Legend: R rows sent, S rows received, D any trailing shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,25 +71,29 @@ def start_all_to_all(
     """
     exchange = _Exchange(list(output_splits), list(input_splits), group)
     exchange.check(x_RD)
-    if out_SD is not None or not (torch.is_grad_enabled() and x_RD.requires_grad):
-        return PendingRows(exchange, exchange.post(x_RD.detach(), out_SD), differentiable=False)
-    return PendingRows(exchange, _Depart.apply(x_RD, exchange), differentiable=True)
+    if out_SD is None and torch.is_grad_enabled() and x_RD.requires_grad:
+        rows_SD = _Depart.apply(x_RD, exchange)
+        return PendingRows(lambda: _Arrive.apply(rows_SD, exchange))
+    rows_SD = exchange.post(x_RD.detach(), out_SD)
+    return PendingRows(lambda: exchange.finish(rows_SD))
 
 
 class PendingRows:
-    """Rows that an all-to-all is bringing. Not to be read before `wait` has returned them."""
+    """Rows that an all-to-all is bringing."""
 
-    def __init__(self, exchange: _Exchange, rows_SD: Tensor, differentiable: bool) -> None:
-        self._exchange, self._rows_SD, self._differentiable = exchange, rows_SD, differentiable
+    def __init__(self, arrive: Callable[[], Any]) -> None:
+        self._arrive: Callable[[], Any] | None = arrive
+
+    @classmethod
+    def arrived(cls, rows_SD: Tensor) -> PendingRows:
+        """Rows that are there already, for callers that may but need not do other work meanwhile."""
+        return cls(lambda: rows_SD)
 
     def wait(self) -> Tensor:
-        """The rows, in order of source rank; to be called once, as nothing here keeps them alive afterwards."""
-        rows_SD, exchange = self._rows_SD, self._exchange
-        del self._rows_SD, self._exchange
-        if self._differentiable:
-            return _Arrive.apply(rows_SD, exchange)  # pyright: ignore[reportReturnType]
-        exchange.finish()
-        return rows_SD
+        """The rows, in order of source rank. To be called once: nothing here keeps them alive afterwards."""
+        assert self._arrive is not None, "these rows were handed out before"
+        arrive, self._arrive = self._arrive, None
+        return arrive()
 
 
 class _Exchange:
@@ -126,10 +130,12 @@ class _Exchange:
         )
         return out_SD
 
-    def finish(self) -> None:
+    def finish(self, rows_SD: Tensor) -> Tensor:
+        """What `post` returned, now filled."""
         if self._work is not None:
             self._work.wait()  # releases the interpreter lock
         self._work = self._sent = None
+        return rows_SD
 
 
 class _Depart(torch.autograd.Function):
@@ -146,17 +152,15 @@ class _Depart(torch.autograd.Function):
     def backward(ctx: Any, unfilled_SD: Tensor) -> tuple[Tensor, None]:
         exchange, grad_RD = ctx.exchange.homeward
         ctx.exchange.homeward = None
-        exchange.finish()
-        return grad_RD, None
+        return exchange.finish(grad_RD), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.finish()
         ctx.mark_dirty(rows_SD)
-        return rows_SD
+        return exchange.finish(rows_SD)
 
     @staticmethod
     @once_differentiable
