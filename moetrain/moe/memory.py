@@ -1,7 +1,7 @@
 """A ceiling of what dispatch and experts allocate, from sizes alone: nothing the router does can exceed it. No torch.
 
-Every moment that can be the worst one is a line below: what is alive then, in rows. `tests/distributed/test_dispatch.py`
-holds the lines to the allocator.
+Every moment that can be the worst one is a line below: what is alive then, in rows.
+`tests/distributed/test_dispatch.py` holds the lines to the allocator.
 
 Legend: R most rows of a rank, M most rows that arrive at a rank at once, S most rows that leave it at once, D hidden
 size, F expert width, L experts of a rank, W expert ranks.
@@ -94,26 +94,30 @@ class _Sizes:
     element: int
     overlap: bool
 
+    @property
+    def leaving(self) -> int:
+        """Most rows that a rank sends in one round."""
+        return min(self.rows, self.ranks * self.arriving)
+
     def in_one_round(self) -> Iterator[DispatchBound]:
         """Activations are kept for the backward; the weights' gradients are written where they stay."""
-        away = self.ranks > 1
+        away, home = int(self.ranks > 1), self.leaving * (self.ranks > 1)
         d, f = _SAVED
-        yield self._moment(travel=(self.rows + self.arriving) * away)
+        yield self._moment(travel=home + self.arriving * away)
         yield self._moment(travel=2 * self.arriving * away, d=d, f=f)
-        yield self._moment(home=self.rows * away, travel=self.arriving * away, d=d, f=f)
-        yield self._moment(home=2 * self.rows * away, d=d, f=f)
+        yield self._moment(home=home, travel=self.arriving * away, d=d, f=f)
+        yield self._moment(home=2 * home, d=d, f=f)
         for number, (d, f, _) in enumerate(_BACKWARD):
             yield self._moment(travel=self.arriving * away * (number == 0), d=d, f=f)
 
     def in_rounds(self) -> Iterator[DispatchBound]:
         """Nothing is kept. With overlap the next round's rows and the last round's results are there too."""
-        leaving = min(self.rows, self.ranks * self.arriving)
-        beside = self.overlap * (leaving + self.arriving)  # the next round: as it leaves and as it comes
-        last = self.overlap * self.arriving  # results of the last round
+        beside = self.overlap * (self.leaving + self.arriving)  # the next round: as it leaves and as it comes
+        last = self.overlap * self.arriving
         for d, f in _FORWARD:
             yield self._moment(home=self.rows, travel=self.arriving + beside + last, d=d, f=f)
         if self.ranks > 1:  # rows and gradients leave, before anything is computed
-            yield self._moment(home=self.rows, travel=2 * (leaving + self.arriving))
+            yield self._moment(home=self.rows, travel=2 * (self.leaving + self.arriving))
         touched = min(self.experts, self.arriving)
         unfinished = 3 * _FLOAT // self.element
         for d, f, weights in _BACKWARD:
@@ -123,7 +127,7 @@ class _Sizes:
     def kept(self) -> int:
         """One round's activations, which autograd saves, and the plan."""
         d, f = _SAVED
-        return self._moment(home=self.rows * (self.ranks > 1), d=d, f=f).total
+        return self._moment(home=self.leaving * (self.ranks > 1), d=d, f=f).total
 
     def _moment(self, home: int = 0, travel: int = 0, d: int = 0, f: int = 0, weights: int = 0) -> DispatchBound:
         """From rows at home and on their way, and multiples of what each arrived row, and each expert, takes."""

@@ -81,9 +81,8 @@ class Route:
         """Start with results for each arrived row, which are used up; they will lie in this round's part of `homes`."""
         received_W, sent_W = self.rounds.received_NW[number], self.rounds.sent_NW[number]
         places = [home[self.travelers(number)] for home in homes]
-        return [
-            _used_up(r, start_all_to_all(r, sent_W, received_W, self.group, place)) for r, place in zip(results, places, strict=True)
-        ]
+        pairs = zip(results, places, strict=True)
+        return [_used_up(r, start_all_to_all(r, sent_W, received_W, self.group, place)) for r, place in pairs]
 
     def travel(
         self,

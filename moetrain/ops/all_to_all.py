@@ -40,11 +40,7 @@ def all_to_all(
     """
     outputs, inputs = list(output_splits), list(input_splits)
     if group.size() == 1:
-        if outputs != inputs or inputs != [x_RD.size(0)]:
-            raise ValueError(
-                f"all_to_all in a group of one: input_splits {inputs} and output_splits {outputs} "
-                f"must both be [{x_RD.size(0)}], the rows of x"
-            )
+        _check_group_of_one(x_RD, outputs, inputs)
         return x_RD
     return _ops.all_to_all(x_RD, outputs, inputs, group.group_name)
 
@@ -71,11 +67,21 @@ def start_all_to_all(
     """
     exchange = _Exchange(list(output_splits), list(input_splits), group)
     exchange.check(x_RD)
+    if group.size() == 1 and out_SD is None:
+        return PendingRows.arrived(x_RD)
     if out_SD is None and torch.is_grad_enabled() and x_RD.requires_grad:
         rows_SD = _Depart.apply(x_RD, exchange)
         return PendingRows(lambda: _Arrive.apply(rows_SD, exchange))
     rows_SD = exchange.post(x_RD.detach(), out_SD)
     return PendingRows(lambda: exchange.finish(rows_SD))
+
+
+def _check_group_of_one(x_RD: Tensor, outputs: list[int], inputs: list[int]) -> None:
+    if outputs != inputs or inputs != [x_RD.size(0)]:
+        raise ValueError(
+            f"all_to_all in a group of one: input_splits {inputs} and output_splits {outputs} "
+            f"must both be [{x_RD.size(0)}], the rows of x"
+        )
 
 
 class PendingRows:
@@ -107,6 +113,8 @@ class _Exchange:
 
     def check(self, x_RD: Tensor) -> None:
         size = self.group.size()
+        if size == 1:
+            _check_group_of_one(x_RD, self.output_splits, self.input_splits)
         for name, splits in (("output_splits", self.output_splits), ("input_splits", self.input_splits)):
             if len(splits) != size:
                 raise ValueError(f"all_to_all: {name} has {len(splits)} entries, the group has {size} ranks")
@@ -144,8 +152,7 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        rows = exchange.post(x_RD)
-        return rows.view_as(rows) if rows is x_RD else rows
+        return exchange.post(x_RD)
 
     @staticmethod
     @once_differentiable
