@@ -14,6 +14,7 @@ from moetrain.config.layout import ParallelLayout, check_layout, smallest_world
 from moetrain.config.loader import dump_yaml, fingerprint, json_schema, load_config
 from moetrain.config.schema import DAMoERouterConfig, ModelConfig, MoEConfig, RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
+from moetrain.moe.memory import dispatch_bound
 
 app = typer.Typer(no_args_is_help=True, help="Check, resolve and document configuration files.")
 
@@ -59,6 +60,7 @@ def _summary(config: RunConfig, layout: ParallelLayout | None) -> list[tuple[str
         ("run", f"{config.run.name} in {config.run.dir}  (fingerprint {fingerprint(config)[:12]})"),
         ("model", _model_line(config.model)),
         ("experts", _moe_line(config.model.moe)),
+        *([("dispatch", _dispatch_line(config, config.model.moe))] if config.model.moe else []),
         ("parameters", _parameters_line(config.model)),
         ("training", _training_line(config)),
         (
@@ -117,6 +119,24 @@ def _moe_line(moe: MoEConfig | None) -> str:
         choice = f"by {router.importance}, ceil(importance x {moe.num_experts}), at most {moe.max_top_k}"
     hyper = f"; hypernetwork expert of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
     return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
+
+
+def _dispatch_line(config: RunConfig, moe: MoEConfig) -> str:
+    par, train = config.parallel, config.training
+    bound = dispatch_bound(
+        tokens=train.micro_batch_size * config.model.seq_length // par.tensor,
+        max_k=moe.max_top_k,
+        num_experts_local=moe.num_experts // par.expert,
+        hidden=config.model.hidden_size,
+        ffn=moe.ffn_hidden_size,
+        precision=train.precision,
+        max_rows=moe.dispatch.max_rows,
+        expert_ranks=par.expert,
+        overlap=moe.dispatch.overlap,
+    )
+    kept = "recomputed" if config.model.recompute == "full" else f"{_short(bound.kept)}B kept for the backward"
+    rows = f"{moe.dispatch.max_rows} rows at once" if moe.dispatch.max_rows else "any number of rows at once"
+    return f"{rows}: at most {_short(bound.total)}B in a layer, whatever the router does; {kept}"
 
 
 def _short(number: float) -> str:

@@ -110,6 +110,20 @@ class HyperConfig(Section):
     )
 
 
+class DispatchConfig(Section):
+    """How rows travel to their experts and back. No setting here changes what a model computes."""
+
+    max_rows: PositiveInt | None = Field(
+        default=None,
+        description="the most rows that a rank's experts take at once; where the router sends more, they come in "
+        "rounds: that costs time, never more memory, and no token is dropped; default: no limit",
+    )
+    overlap: bool = Field(
+        default=True,
+        description="work while rows travel: the hyper-expert and the losses, and the experts of the round before",
+    )
+
+
 class MoEConfig(Section):
     """The mixture-of-experts blocks that stand in the MLP slot of some layers."""
 
@@ -121,6 +135,7 @@ class MoEConfig(Section):
     )
     router: RouterConfig = Field(default_factory=TopKRouterConfig, description="who goes where; by `type`")
     hyper: HyperConfig | None = Field(default=None, description="the generated expert; absent: none")
+    dispatch: DispatchConfig = Field(default_factory=DispatchConfig)
     aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss, per sequence")
     z_loss_coeff: NonNegativeFloat = Field(default=0.0, description="router z-loss")
 

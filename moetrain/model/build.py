@@ -113,7 +113,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 def _block_spec(
     model: ModelConfig, layers: range, groups: ParallelGroups, hypernetwork: HyperNetwork | None
 ) -> TransformerBlockSubmodules:
-    dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert) if model.moe else None
+    dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert, model.moe.dispatch) if model.moe else None
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(model, i, groups, hypernetwork, dispatcher) for i in layers],
         layer_norm=ParallelRMSNorm,  # pyright: ignore[reportArgumentType]

@@ -1,65 +1,100 @@
 """Bring each routed row to the rank of its expert, and its result home.
 
-Legend: T tokens, K slots per token, R routed rows of this rank, M rows that arrive here, D hidden size, W expert ranks.
+Legend: T tokens, K slots per token, R routed rows of this rank, M rows that arrive here, D hidden size, W expert ranks,
+E experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.ops import PermutePlan, all_to_all, combine, gather_rows, permute, plan_permutation, reorder_by_expert
+from moetrain.config.schema import DispatchConfig
+from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.round_trips import RoundTrips, Route, arrival_plan, by_rounds
+from moetrain.moe.rounds import Rounds, plan_rounds
+from moetrain.ops import PendingRows, PermutePlan, all_to_all, combine, permute, plan_permutation, start_all_to_all
 
 
 @dataclass(frozen=True)
-class DispatchHandle:
-    """What `combine` needs to undo a `dispatch`. Exchange fields are None where one rank holds every expert."""
+class Dispatch:
+    """Tokens whose rows are on their way: what `TokenDispatcher.finish` needs of `start`.
 
+    Attributes:
+        x_TD: the tokens.
+        plan: their rows, by expert; in several rounds, by round first.
+        rounds: who sends how much to whom.
+        first: the rows that come to this rank's experts, in the first round. None if they have not been sent, or have
+            nowhere to go (one rank, one round).
+    """
+
+    x_TD: Tensor
     plan: PermutePlan
-    tokens_per_local_expert: Tensor
-    sent: list[int] | None
-    received: list[int] | None
-    to_arrival_order: Tensor | None
+    rounds: Rounds
+    first: PendingRows | None = None
 
 
 class TokenDispatcher:
     """Dropless dispatch of variable-length routing over the expert ranks.
 
     Rows are sorted by global expert, so the rows for one rank are one contiguous slice and the exchange is a single
-    uneven all-to-all. Every rank takes part in every exchange, also with nothing to send.
+    uneven all-to-all; where some rank would get more than `max_rows` rows, one for each round of that many. Every rank
+    takes part in every exchange, also with nothing to send.
     """
 
-    def __init__(self, num_experts: int, expert_group: dist.ProcessGroup) -> None:
+    def __init__(self, num_experts: int, expert_group: dist.ProcessGroup, config: DispatchConfig) -> None:
         self.num_experts = num_experts
         self.group = expert_group
+        self.max_rows = config.max_rows
+        # One rank has no journeys to work through, and would only hold rows of two rounds at a time.
+        self.overlap = config.overlap and expert_group.size() > 1
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> tuple[Tensor, DispatchHandle]:
-        """Rows [M, D], sorted by local expert, and the handle for `combine`.
+    def start(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatch:
+        """Sends the rows (of the first round). With `overlap` they travel while the caller does other work.
 
-        Communication: with W > 1 one all-to-all of E int64 counts and one of the rows, over the expert group.
+        Communication: with W > 1 one all-gather of E int64 counts and one all-to-all of rows, over the expert group.
         Synchronises the host once, to learn the split sizes.
         """
         plan = plan_permutation(expert_ids_TK, self.num_experts)
-        rows_RD = permute(x_TD, plan)
+        rounds = plan_rounds(self._counts(plan.tokens_per_expert_E), self.group.rank(), self.max_rows)
+        if len(rounds) > 1:
+            plan = by_rounds(plan, rounds)
+            route = self._route(plan, rounds)
+            first = route.leave(0, [route.tokens(x_TD, 0)])[0] if self.overlap else None
+            return Dispatch(x_TD, plan, rounds, first)
         if self.group.size() == 1:
-            return rows_RD, DispatchHandle(plan, plan.tokens_per_expert_E, None, None, None)
-        counts_to_WE = plan.tokens_per_expert_E.view(self.group.size(), -1)
-        counts_from_WE = torch.empty_like(counts_to_WE)
-        dist.all_to_all_single(counts_from_WE, counts_to_WE.contiguous(), group=self.group)
-        sent = counts_to_WE.sum(dim=1).tolist()
-        received = counts_from_WE.sum(dim=1).tolist()
-        arrived_MD = all_to_all(rows_RD, received, sent, self.group)
-        order_M, inverse_M, tokens_per_expert = reorder_by_expert(counts_from_WE)
-        handle = DispatchHandle(plan, tokens_per_expert, sent, received, inverse_M)
-        return gather_rows(arrived_MD, order_M), handle
+            return Dispatch(x_TD, plan, rounds)
+        splits = rounds.received_NW[0], rounds.sent_NW[0]
+        rows_RD = permute(x_TD, plan)
+        if self.overlap:
+            return Dispatch(x_TD, plan, rounds, start_all_to_all(rows_RD, *splits, self.group))
+        return Dispatch(x_TD, plan, rounds, PendingRows.arrived(all_to_all(rows_RD, *splits, self.group)))
 
-    def combine(self, rows_MD: Tensor, weights_TK: Tensor, handle: DispatchHandle) -> Tensor:
-        """Weighted sum of each token's expert outputs, [T, D]; the inverse journey of `dispatch`."""
-        if handle.sent is not None:
-            assert handle.received is not None and handle.to_arrival_order is not None
-            rows_MD = gather_rows(rows_MD, handle.to_arrival_order)
-            rows_MD = all_to_all(rows_MD, handle.sent, handle.received, self.group)
-        return combine(rows_MD, weights_TK, handle.plan)
+    def finish(self, dispatch: Dispatch, weights_TK: Tensor, experts: GroupedExperts) -> Tensor:
+        """Weighted sum of each token's expert outputs, [T, D].
+
+        Communication: with W > 1 one all-to-all of rows, and for each further round two; in the backward as many, with
+        several rounds five each.
+        """
+        plan, rounds, first = dispatch.plan, dispatch.rounds, dispatch.first
+        if len(rounds) > 1:
+            route = self._route(plan, rounds)
+            return RoundTrips.apply(dispatch.x_TD, weights_TK, experts.fc1, experts.fc2, route, first)
+        if first is None:
+            return experts(dispatch.x_TD, weights_TK, plan)
+        arrivals = arrival_plan(rounds.arriving_NWL[0].to(weights_TK.device))
+        # No name for the arrived rows: they are free when the experts are done with them.
+        results_MD = experts(first.wait(), None, arrivals)
+        home_RD = all_to_all(results_MD, rounds.sent_NW[0], rounds.received_NW[0], self.group)
+        return combine(home_RD, weights_TK, plan)
+
+    def _route(self, plan: PermutePlan, rounds: Rounds) -> Route:
+        return Route(plan, rounds, self.group, self.overlap)
+
+    def _counts(self, tokens_per_expert_E: Tensor) -> Tensor:
+        """Rows of every rank for every expert, int64 [W, E] on the host."""
+        everyone_WE = tokens_per_expert_E.new_empty(self.group.size(), self.num_experts)
+        dist.all_gather(list(everyone_WE.unbind()), tokens_per_expert_E, group=self.group)
+        return everyone_WE.cpu()

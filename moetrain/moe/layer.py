@@ -64,30 +64,25 @@ class MoELayer(nn.Module):
             x_SBD: normalised hidden states; this rank's part of the sequence under sequence parallelism, else all.
             importance_SB: fp32 importance of every token of the whole sequence, or None for routers without it.
 
-        Communication: the dispatch's all-to-alls over the expert ranks; the balance loss's all-reduce and, without
-        sequence parallelism, a gather over the tensor ranks.
+        Communication: the dispatch's gather of counts and all-to-alls over the expert ranks; the balance loss's
+        all-reduce and, without sequence parallelism, a gather over the tensor ranks.
         """
         scatter = self.groups.tensor.size() > 1 and not self.sequence_parallel
         if scatter:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
         decision = self.router(x_TD, self._local_importance(importance_SB, x_SBD.shape[0]))
-        rows, handle = self.dispatcher.dispatch(x_TD, decision.expert_ids_TK)
-        experts_TD = self.dispatcher.combine(
-            self.experts(rows, handle.tokens_per_local_expert), decision.weights_TK, handle
-        )
-        hyper_TD = None
-        output_TD = experts_TD
-        if self.hyper is not None:
-            (network,) = self._hypernetwork
-            assert network is not None
-            hyper_TD = self.hyper(x_TD, decision.expert_ids_TK, network)
-            output_TD = experts_TD + hyper_TD
-        if self.training:
-            balance, z_loss = self._losses(decision, x_SBD.shape[:2])
+        dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
+        # Work of the tokens' home rank, while their rows travel.
+        hyper_TD = self._hyper_expert(x_TD, decision)
+        losses = self._losses(decision, x_SBD.shape[:2]) if self.training else None
+        experts_TD = self.dispatcher.finish(dispatch, decision.weights_TK, self.experts)
+        output_TD = experts_TD if hyper_TD is None else experts_TD + hyper_TD
+        if losses is not None:
+            balance, z_loss = losses
             if self._is_first_pass():
                 self.telemetry.add(
-                    handle.plan.tokens_per_expert_E,
+                    dispatch.plan.tokens_per_expert_E,
                     decision.num_selected_T,
                     balance,
                     z_loss,
@@ -101,6 +96,13 @@ class MoELayer(nn.Module):
         if scatter:
             output_SBD = gather_from_sequence_parallel_region(output_SBD, tensor_parallel_output_grad=False)
         return output_SBD
+
+    def _hyper_expert(self, x_TD: Tensor, decision: RoutingDecision) -> Tensor | None:
+        if self.hyper is None:
+            return None
+        (network,) = self._hypernetwork
+        assert network is not None
+        return self.hyper(x_TD, decision.expert_ids_TK, network)
 
     def _local_importance(self, importance_SB: Tensor | None, local_length: int) -> Tensor | None:
         if importance_SB is None:

@@ -1,7 +1,7 @@
 """Operators for mixture-of-experts layers: compiled (``csrc/``), differentiable, with a plain-torch
 specification in :mod:`moetrain.ops.reference`. Depends on torch only, so other projects can use it."""
 
-from moetrain.ops.all_to_all import all_to_all
+from moetrain.ops.all_to_all import PendingRows, all_to_all, start_all_to_all
 from moetrain.ops.expert_layer import expert_layer
 from moetrain.ops.generated_experts import generated_experts
 from moetrain.ops.grouped_gemm import (
@@ -27,6 +27,7 @@ __all__ = [
     "NONCAUSAL_MEASURES",
     "ExtensionError",
     "ExtensionInfo",
+    "PendingRows",
     "PermutePlan",
     "all_to_all",
     "attention_with_importance",
@@ -42,5 +43,6 @@ __all__ = [
     "plan_permutation",
     "reorder_by_expert",
     "row_invariant_linear",
+    "start_all_to_all",
     "unpermute",
 ]

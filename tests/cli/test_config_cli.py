@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -119,6 +120,17 @@ def test_check_says_what_the_run_is() -> None:
     assert "4 ranks = tensor 1 x data 2 x pipeline 2; experts: expert 2 x data 1" in text
     assert "2 micro-batches of 4" in text
     assert text.rstrip().endswith("ok")
+
+
+def test_check_states_the_ceiling_of_dispatch_and_max_rows_lowers_it() -> None:
+    lines = []
+    for words in ([], ["model.moe.dispatch.max_rows=64"]):
+        text = CliRunner().invoke(app, ["config", "check", DEMO, *words]).output
+        lines.append(next(line for line in text.splitlines() if line.startswith("dispatch")))
+    assert "any number of rows at once: at most" in lines[0]
+    assert "64 rows at once: at most" in lines[1]
+    sizes = [float(re.search(r"at most ([\d.]+)MB", line)[1]) for line in lines]  # pyright: ignore
+    assert sizes[1] < sizes[0]
 
 
 def test_check_without_a_world_size_says_which_would_do() -> None:

@@ -68,6 +68,10 @@ def test_no_causal_importance_lets_the_future_change_the_past(importance: str, b
     )
 
 
+def test_rounds_of_a_few_rows_do_not_let_the_future_change_the_past() -> None:
+    check({"model__moe__dispatch": {"max_rows": 5}})
+
+
 def test_plain_top_k_does_not_let_the_future_change_the_past() -> None:
     check({"model__moe__router": {"type": "top_k", "top_k": 2}})
 

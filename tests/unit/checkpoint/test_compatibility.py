@@ -93,6 +93,10 @@ def test_layout_place_and_length_may_change_without_a_word(settings):
         ({"training__global_batch_size": 16}, "training.global_batch_size: 8 in the checkpoint, 16 in this run"),
         ({"optimizer__lr": 0.1}, "optimizer.lr: 0.001 in the checkpoint, 0.1 in this run"),
         ({"data__train": []}, 'data.train: [{"path": "p", "weight": 1.0}] in the checkpoint, [] in this run'),
+        (
+            {"model__moe__dispatch": {"max_rows": 9}},
+            'model.moe.dispatch: absent in the checkpoint, {"max_rows": 9} in this run',
+        ),
         ({"model__recompute": "full"}, 'model.recompute: "none" in the checkpoint, "full" in this run'),
     ],
 )

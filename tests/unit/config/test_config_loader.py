@@ -161,6 +161,8 @@ def test_all_problems_come_in_one_error_each_with_value_rule_and_place(base: Pat
         ("model.moe.layer_freq=often", 'model.moe.layer_freq: "often" must be a whole number or a list'),
         ("model.moe.layer_freq={a: 1}", 'model.moe.layer_freq: {"a": 1} must be a whole number or a list'),
         ("model.moe.layer_freq=[true,0,0,1]", "model.moe.layer_freq.0: true must be a number"),
+        ("model.moe.dispatch.max_rows=0", "model.moe.dispatch.max_rows: 0 must be greater than or equal to 1"),
+        ("model.moe.dispatch.overlap=7", "model.moe.dispatch.overlap: 7 must be a valid boolean"),
         ("zero.stage=true", "zero.stage: true must be a number"),
         ("parallel.tensor=true", "parallel.tensor: true must be a whole number"),
         ("parallel.sequence=yes", 'parallel.sequence: "yes" must be a valid boolean'),

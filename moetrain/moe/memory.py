@@ -1,0 +1,142 @@
+"""A ceiling of what dispatch and experts allocate, from sizes alone: nothing the router does can exceed it. No torch.
+
+Every moment that can be the worst one is a line below: what is alive then, in rows.
+`tests/distributed/test_dispatch.py` holds the lines to the allocator.
+
+Legend: R most rows of a rank, M most rows that arrive at a rank at once, S most rows that leave it at once, D hidden
+size, F expert width, L experts of a rank, W expert ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+_INDEX, _FLOAT = 8, 4  # bytes of an int64, of a float32
+
+# What `moetrain.ops.expert_layer` holds for each of its rows besides its input and the gradient it is given: how many
+# times D, and F, elements, and how many times the weights' F x D for each expert with rows.
+_SAVED = (2, 4)
+_FORWARD = ((1, 2), (0, 4), (1, 3), (2, 2))
+_BACKWARD = ((3, 4, 0), (2, 5, 1), (1, 6, 1), (2, 2, 3))
+
+
+@dataclass(frozen=True)
+class DispatchBound:
+    """Bytes of one layer at its worst moment, beyond its input, output, parameters and their gradients.
+
+    The scratch of kernels, a few blocks for each thread, does not count.
+
+    Attributes:
+        plan: which row goes where, and router weights by row.
+        home: results, in the backward gradients, of this rank's rows.
+        travel: rows on their way or waiting for the experts, with their gradients in the backward.
+        experts: activations of the rows that are computed.
+        weight_gradients: of one round, before they are added to those of the parameters.
+        kept: what stays allocated between forward and backward, no part of the total: a model has this for each layer
+            whose backward is due, and the total for one.
+    """
+
+    plan: int
+    home: int
+    travel: int
+    experts: int
+    weight_gradients: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return self.plan + self.home + self.travel + self.experts + self.weight_gradients
+
+
+def dispatch_bound(
+    tokens: int,
+    max_k: int,
+    num_experts_local: int,
+    hidden: int,
+    ffn: int,
+    precision: Literal["fp32", "bf16"],
+    max_rows: int | None,
+    expert_ranks: int,
+    overlap: bool = True,
+) -> DispatchBound:
+    """The bound for a rank that routes `tokens` tokens (of its micro-batch, after sequence is split over tensor ranks)
+    to at most `max_k` experts each; the other arguments are settings of `model.moe` and `parallel.expert`."""
+    # A token's experts are distinct, so a rank gets at most as many of its rows as it has experts.
+    all_to_one = expert_ranks * tokens * min(max_k, num_experts_local)
+    sizes = _Sizes(
+        rows=tokens * max_k,
+        arriving=min(max_rows or all_to_one, all_to_one),
+        experts=num_experts_local,
+        ranks=expert_ranks,
+        hidden=hidden,
+        ffn=ffn,
+        element=4 if precision == "fp32" else 2,
+        overlap=overlap and expert_ranks > 1,
+    )
+    moments = list(sizes.in_one_round())
+    if max_rows is not None and max_rows < all_to_one:
+        moments += sizes.in_rounds()
+    worst = max(moments, key=lambda moment: moment.total)
+    return replace(worst, kept=sizes.kept())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    rows: int
+    arriving: int
+    experts: int
+    ranks: int
+    hidden: int
+    ffn: int
+    element: int
+    overlap: bool
+
+    @property
+    def leaving(self) -> int:
+        """Most rows that a rank sends in one round."""
+        return min(self.rows, self.ranks * self.arriving)
+
+    def in_one_round(self) -> Iterator[DispatchBound]:
+        """Activations are kept for the backward; the weights' gradients are written where they stay."""
+        away, home = int(self.ranks > 1), self.leaving * (self.ranks > 1)
+        d, f = _SAVED
+        yield self._moment(travel=home + self.arriving * away)
+        yield self._moment(travel=2 * self.arriving * away, d=d, f=f)
+        yield self._moment(home=home, travel=self.arriving * away, d=d, f=f)
+        yield self._moment(home=2 * home, d=d, f=f)
+        for number, (d, f, _) in enumerate(_BACKWARD):
+            yield self._moment(travel=self.arriving * away * (number == 0), d=d, f=f)
+
+    def in_rounds(self) -> Iterator[DispatchBound]:
+        """Nothing is kept. With overlap the next round's rows and the last round's results are there too."""
+        beside = self.overlap * (self.leaving + self.arriving)  # the next round: as it leaves and as it comes
+        last = self.overlap * self.arriving
+        for d, f in _FORWARD:
+            yield self._moment(home=self.rows, travel=self.arriving + beside + last, d=d, f=f)
+        if self.ranks > 1:  # rows and gradients leave, before anything is computed
+            yield self._moment(home=self.rows, travel=2 * (self.leaving + self.arriving))
+        touched = min(self.experts, self.arriving)
+        unfinished = 3 * _FLOAT // self.element
+        for d, f, weights in _BACKWARD:
+            travel = 2 * self.arriving + 2 * beside + last
+            yield self._moment(home=self.rows, travel=travel, d=d + 1, f=f, weights=weights * touched + unfinished)
+
+    def kept(self) -> int:
+        """One round's activations, which autograd saves, and the plan."""
+        d, f = _SAVED
+        return self._moment(home=self.leaving * (self.ranks > 1), d=d, f=f).total
+
+    def _moment(self, home: int = 0, travel: int = 0, d: int = 0, f: int = 0, weights: int = 0) -> DispatchBound:
+        """From rows at home and on their way, and multiples of what each arrived row, and each expert, takes."""
+        row = self.hidden * self.element
+        return DispatchBound(
+            plan=self.rows * (3 * _INDEX + 2 * _FLOAT) + self.arriving * (2 * _INDEX + 2 * _FLOAT),
+            home=home * row,
+            travel=travel * row,
+            experts=self.arriving * (d * self.hidden + f * self.ffn) * self.element,
+            weight_gradients=weights * self.hidden * self.ffn * self.element,
+            kept=0,
+        )
