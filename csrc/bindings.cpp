@@ -38,6 +38,22 @@ TORCH_LIBRARY(moetrain, m) {
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor grad, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor x, Tensor tokens_per_expert) -> Tensor");
+  m.def("gathered_grouped_gemm(Tensor x, Tensor w, Tensor row_source, Tensor tokens_per_expert) -> Tensor");
+  m.def(
+      "grouped_gemm_wgrad_out(Tensor grad, Tensor x, Tensor tokens_per_expert, Tensor(a!) out, bool accumulate) -> "
+      "()");
+
+  m.def(
+      "expert_layer_forward(Tensor x, Tensor? weights, Tensor fc1, Tensor fc2, Tensor row_token, Tensor slot_row, "
+      "Tensor tokens_per_expert, bool save) -> (Tensor y, Tensor z)");
+  m.def(
+      "expert_layer_backward(Tensor grad, Tensor x, Tensor? weights, Tensor fc1, Tensor fc2, Tensor row_token, "
+      "Tensor slot_row, Tensor tokens_per_expert, Tensor z, bool[4] wanted) -> "
+      "(Tensor dx, Tensor dweights, Tensor dfc1, Tensor dfc2)");
+
+  m.def(
+      "importance_from_lse(Tensor q, Tensor k, Tensor lse, str measure, bool causal, float scale, Tensor? valid) -> "
+      "Tensor");
 
   m.def("all_to_all(Tensor x, SymInt[] output_splits, SymInt[] input_splits, str group_name) -> Tensor");
 }
