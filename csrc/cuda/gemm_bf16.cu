@@ -201,22 +201,28 @@ __device__ void store(const MoetrainGemm& p, const Tile<bf16>& t, const Accumula
 }
 
 // Weight gradients that are float or added to what is there: pairs of columns, straight from the registers.
-template <class S, class Out>
+template <class S, class Out, bool kAligned>
 __device__ void store_pairs(const MoetrainGemm& p, const Tile<bf16>& t, const Accumulator<S>& acc, int m, int n,
                             int lane) {
+  constexpr int kPair = kAligned ? 2 : 1;  // elements of an access: aligned rows hold whole pairs
+  using Access = Pack<Out, kPair>;
   Out* const c = static_cast<Out*>(p.c) + t.c;
 #pragma unroll
   for (int v = 0; v < S::kWarpM / 8; ++v) {
     const int row = t.m0 + m + 8 * v + lane / 4;
 #pragma unroll
     for (int j = 0; j < S::kWarpN / 8; ++j) {
-      const int column = t.n0 + n + 8 * j + lane % 4 * 2;
       const float* const pair = acc.value[v / 2][j] + v % 2 * 2;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (row >= t.m || column + i >= t.n) continue;
-        Out* const to = c + int64_t{row} * t.n + column + i;
-        *to = narrow<Out>(p.accumulate ? widen(*to) + pair[i] : pair[i]);
+      for (int i = 0; i < 2; i += kPair) {
+        const int column = t.n0 + n + 8 * j + lane % 4 * 2 + i;
+        if (row >= t.m || column >= t.n) continue;
+        Access* const to = reinterpret_cast<Access*>(c + int64_t{row} * t.n + column);
+        Access value = {};
+        if (p.accumulate) value = *to;
+#pragma unroll
+        for (int e = 0; e < kPair; ++e) value.value[e] = narrow<Out>(widen(value.value[e]) + pair[i + e]);
+        *to = value;
       }
     }
   }
@@ -228,9 +234,9 @@ __device__ void leave(const MoetrainGemm& p, const Tile<bf16>& t, const Accumula
     store_swiglu<S, kAligned>(p, t, acc, m, n, lane);
   } else if constexpr (kKind == kWgrad) {
     if (p.wide) {
-      store_pairs<S, float>(p, t, acc, m, n, lane);
+      store_pairs<S, float, kAligned>(p, t, acc, m, n, lane);
     } else if (p.accumulate) {
-      store_pairs<S, bf16>(p, t, acc, m, n, lane);
+      store_pairs<S, bf16, kAligned>(p, t, acc, m, n, lane);
     } else {
       store<S, kAligned>(p, t, acc, m, n, lane);
     }
