@@ -1,221 +1,370 @@
-// Grouped GEMM in bfloat16 with float accumulators, torch-free: mma.sync m16n8k16 fed by ldmatrix from tiles that
-// cp.async brings in three stages. Runs on sm_80 and later. One block computes 128 x 128 of one expert's product.
+// Grouped GEMM in bfloat16 with float accumulators, torch-free: mma.sync m16n8k16 fed by ldmatrix from swizzled tiles
+// that cp.async brings in kStages stages. Runs on sm_80 and later. One block of eight warps computes 128 x 128 or
+// 128 x 256 of one expert's product; the fragments of the next 16 steps of k are read while these are multiplied.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "cuda/groups.cuh"
 #include "cuda/launch.h"
+#include "cuda/mma.cuh"
 
 namespace {
 
 using namespace moetrain_cuda;
-using bf16 = __nv_bfloat16;
 
-constexpr int kTile = 128;   // of m and of n
-constexpr int kDepth = 32;   // of k, a stage
-constexpr int kStages = 3;
-constexpr int kThreads = 256;  // 2 x 4 warps of 64 x 32 outputs
-constexpr int kChunk = 8;      // elements of a 16-byte copy
-constexpr int kWarpM = 64, kWarpN = 32;
+constexpr int kDepth = 32;  // of k, a stage
+constexpr int kStages = 4;
+constexpr int kThreads = 256;
+constexpr int kSteps = kDepth / 16;  // of one mma
+static_assert(kSteps % 2 == 0, "fragments alternate between two buffers");
 
-// Rows of a staged tile are padded by 16 bytes: the eight rows that one ldmatrix reads then lie in distinct banks.
-constexpr int kContiguousStride = kDepth + 8;  // tile [128][32]
-constexpr int kStridedStride = kTile + 8;      // tile [32][128]
-constexpr int kStageElements = kTile * kContiguousStride;  // the larger of the two shapes
-constexpr int kSharedBytes = 2 * kStages * kStageElements * static_cast<int>(sizeof(bf16));
-static_assert(kDepth * kStridedStride <= kStageElements, "both shapes of a tile must fit a stage");
+// kBlocks: blocks that one processor holds. One alone must hide the latency of its own shared memory, with a second
+// buffer of fragments; two hide each other's, and have no registers for it.
+template <int kTileN, int kTileWarpM, int kBlocks>
+struct Shape {
+  static constexpr int kM = 128, kN = kTileN;
+  static constexpr int kWarpM = kTileWarpM, kWarpN = 64;
+  static constexpr int kWarpsN = kN / kWarpN;
+  static constexpr int kBlocksPerProcessor = kBlocks, kBuffers = kBlocks == 1 ? 2 : 1;
+  static constexpr int kStageA = kM * kDepth, kStageB = kN * kDepth;  // elements
+  static constexpr int kSharedBytes = kStages * (kStageA + kStageB) * static_cast<int>(sizeof(bf16));
+  static_assert(kM / kWarpM * kWarpsN == kThreads / 32, "a warp, a piece");
+};
+using Small = Shape<128, 32, 2>;
+using Large = Shape<256, 64, 1>;
 
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// Stages an operand [outer][k] whose reduction axis is contiguous. Where its rows start is worked out once (rows may be
+// gathered) and kept in shared memory, for registers are what the large tile lacks.
+template <int kOuter, bool kAligned>
+struct ContiguousLoader {
+  const bf16** start;  // [kOuter], null: outside of the operand
+  const bf16* anywhere;
+  int depth;
 
-// 16 bytes from global to shared memory, or zeros (then nothing is read).
-__device__ void copy_async(bf16* to, const bf16* from, bool inside) {
-  const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
-}
-
-__device__ void commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-
-template <int kPending>
-__device__ void wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-// Eight elements one by one, for matrices whose rows do not start at multiples of 16 bytes. `left` of them exist.
-__device__ void copy_plain(bf16* to, const bf16* from, int64_t left) {
-  alignas(16) bf16 value[kChunk];
+  __device__ void load(int k0, bf16* to) {
+    constexpr int kRowChunks = kDepth / kChunk;
+    constexpr int kRows = kThreads / kRowChunks;  // of one load of all threads
+    const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
+    const int k = k0 + chunk * kChunk;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) value[i] = i < left ? from[i] : __ushort_as_bfloat16(0);
-  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(value);
+    for (int i = 0; i < kOuter / kRows; ++i) {
+      const bf16* const from = start[row + i * kRows];
+      copy_chunk<kAligned>(to + swizzled<kDepth>(row + i * kRows, chunk), from + k, anywhere, from ? depth - k : 0);
+    }
+  }
+};
+
+// Stages an operand as [k][outer] whose reduction axis is strided. The index of a gathered one is read a stage ahead.
+template <int kOuter, bool kAligned>
+struct StridedLoader {
+  static constexpr int kRowChunks = kOuter / kChunk;
+  static constexpr int kRows = kThreads / kRowChunks;  // of one load of all threads
+  static constexpr int kLoads = kDepth / kRows;
+  Rows<bf16> rows;
+  int outer0, outer, depth;
+  int next[kLoads];
+
+  __device__ void look_ahead(int k0) {
+    if (rows.index == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int k = k0 + i * kRows + threadIdx.x / kRowChunks;
+      next[i] = k < depth ? static_cast<int>(rows.index[k]) : 0;
+    }
+  }
+
+  __device__ void load(int k0, bf16* to) {
+    const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
+    const int column = outer0 + chunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int k = k0 + row + i * kRows;
+      if (rows.index != nullptr) require(k >= depth || (next[i] >= 0 && next[i] < rows.count));
+      copy_chunk<kAligned>(to + swizzled<kOuter>(row + i * kRows, chunk),
+                           rows.at(rows.index != nullptr ? next[i] : k) + column, rows.data,
+                           k < depth ? outer - column : 0);
+    }
+    look_ahead(k0 + kDepth);
+  }
+};
+
+template <bool kContiguous, int kOuter, bool kAligned>
+struct LoaderOf {
+  using type = ContiguousLoader<kOuter, kAligned>;
+};
+template <int kOuter, bool kAligned>
+struct LoaderOf<false, kOuter, kAligned> {
+  using type = StridedLoader<kOuter, kAligned>;
+};
+
+template <class S>
+struct Accumulator {
+  float value[S::kWarpM / 16][S::kWarpN / 8][4];
+};
+
+template <class S>
+struct Fragments {
+  uint32_t a[S::kWarpM / 16][4], b[S::kWarpN / 16][4];
+};
+
+template <class S, bool kContiguousA, bool kContiguousB>
+__device__ void read_fragments(Fragments<S>& to, const bf16* a, const bf16* b, int m, int n, int k, int lane) {
+#pragma unroll
+  for (int i = 0; i < S::kWarpM / 16; ++i) {
+    load_a<kContiguousA, kContiguousA ? kDepth : S::kM>(to.a[i], a, m + 16 * i, k, lane);
+  }
+#pragma unroll
+  for (int j = 0; j < S::kWarpN / 16; ++j) {
+    load_b<kContiguousB, kContiguousB ? kDepth : S::kN>(to.b[j], b, n + 16 * j, k, lane);
+  }
 }
 
-// Stages elements (outer0.., k0..) of an operand: as [outer][k] when its reduction axis is contiguous, else as
-// [k][outer]; zero outside of the operand.
-template <bool kContiguous, bool kAligned>
-__device__ void load_tile(const bf16* from, int64_t stride, int64_t outer0, int64_t outer, int64_t k0, int64_t depth,
-                          bf16* to) {
-  constexpr int kRowChunks = (kContiguous ? kDepth : kTile) / kChunk;
-  constexpr int kStride = kContiguous ? kContiguousStride : kStridedStride;
-  const int64_t row0 = kContiguous ? outer0 : k0, rows = kContiguous ? outer : depth;
-  const int64_t column0 = kContiguous ? k0 : outer0, columns = kContiguous ? depth : outer;
+template <class S>
+__device__ void multiply(Accumulator<S>& acc, const Fragments<S>& f) {
 #pragma unroll
-  for (int step = 0; step < kTile * kDepth / kChunk / kThreads; ++step) {
-    const int flat = step * kThreads + threadIdx.x;
-    const int row = flat / kRowChunks, column = flat % kRowChunks * kChunk;
-    const int64_t left = row0 + row < rows ? columns - (column0 + column) : 0;
-    const bool inside = left > 0;
-    const bf16* source = inside ? from + (row0 + row) * stride + column0 + column : from;
-    bf16* target = to + row * kStride + column;
-    if (kAligned) {
-      copy_async(target, source, inside);  // rows hold a multiple of 8 elements: all of a chunk exists, or none
+  for (int i = 0; i < S::kWarpM / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < S::kWarpN / 8; ++j) {
+      multiply_add(acc.value[i][j], f.a[i], f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- what leaves a block
+
+// Four pieces of 8 columns, from `column` on, of one row of c; word j holds this lane's two columns of piece j. Called
+// by all lanes, also those whose row is outside.
+template <bool kAligned>
+__device__ void store_pieces(bf16* row, bool inside, int column, int columns, uint32_t (&word)[4], int lane) {
+  if constexpr (kAligned) {
+    transpose_quad(word, lane);
+    const int at = column + lane % 4 * kChunk;
+    if (inside && at < columns) *reinterpret_cast<uint4*>(row + at) = {word[0], word[1], word[2], word[3]};
+  } else {
+#pragma unroll
+    for (int v = 0; v < 8; ++v) {
+      const int at = column + v / 2 * 8 + lane % 4 * 2 + v % 2;
+      if (inside && at < columns) row[at] = __ushort_as_bfloat16(static_cast<uint16_t>(word[v / 2] >> v % 2 * 16));
+    }
+  }
+}
+
+__device__ float low(uint32_t word) { return __bfloat162float(__ushort_as_bfloat16(static_cast<uint16_t>(word))); }
+__device__ float high(uint32_t word) { return low(word >> 16); }
+
+// Both halves of z arrive as the pieces 2 j and 2 j + 1; h is computed from their rounded values, so that it is what
+// the backward recomputes.
+template <class S, bool kAligned>
+__device__ void store_swiglu(const MoetrainGemm& p, const Tile<bf16>& t, const Accumulator<S>& acc, int m, int n,
+                             int lane) {
+  bf16* const z = static_cast<bf16*>(p.c);
+  bf16* const h = static_cast<bf16*>(p.h);
+  const int column = t.n0 + n / 2;
+#pragma unroll
+  for (int v = 0; v < S::kWarpM / 8; ++v) {
+    const int row = t.m0 + m + 8 * v + lane / 4;
+    const bool inside = row < t.m;
+    uint32_t gate[4], up[4], product[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* const g = acc.value[v / 2][2 * j] + v % 2 * 2;
+      const float* const u = acc.value[v / 2][2 * j + 1] + v % 2 * 2;
+      gate[j] = pack(g[0], g[1]);
+      up[j] = pack(u[0], u[1]);
+      product[j] = pack(silu(low(gate[j])) * low(up[j]), silu(high(gate[j])) * high(up[j]));
+    }
+    store_pieces<kAligned>(h + (t.first_row + row) * int64_t{t.n}, inside, column, t.n, product, lane);
+    if (z == nullptr) continue;
+    bf16* const z_row = z + t.c + row * p.n;
+    store_pieces<kAligned>(z_row, inside, column, t.n, gate, lane);
+    store_pieces<kAligned>(z_row + t.n, inside, column, t.n, up, lane);
+  }
+}
+
+template <class S, bool kAligned>
+__device__ void store(const MoetrainGemm& p, const Tile<bf16>& t, const Accumulator<S>& acc, int m, int n, int lane) {
+  bf16* const c = static_cast<bf16*>(p.c) + t.c;
+#pragma unroll
+  for (int v = 0; v < S::kWarpM / 8; ++v) {
+    const int row = t.m0 + m + 8 * v + lane / 4;
+#pragma unroll
+    for (int group = 0; group < S::kWarpN / 32; ++group) {
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* const pair = acc.value[v / 2][4 * group + j] + v % 2 * 2;
+        word[j] = pack(pair[0], pair[1]);
+      }
+      store_pieces<kAligned>(c + int64_t{row} * t.n, row < t.m, t.n0 + n + 32 * group, t.n, word, lane);
+    }
+  }
+}
+
+// Weight gradients that are float or added to what is there: pairs of columns, straight from the registers.
+template <class S, class Out, bool kAligned>
+__device__ void store_pairs(const MoetrainGemm& p, const Tile<bf16>& t, const Accumulator<S>& acc, int m, int n,
+                            int lane) {
+  constexpr int kPair = kAligned ? 2 : 1;  // elements of an access: aligned rows hold whole pairs
+  using Access = Pack<Out, kPair>;
+  Out* const c = static_cast<Out*>(p.c) + t.c;
+#pragma unroll
+  for (int v = 0; v < S::kWarpM / 8; ++v) {
+    const int row = t.m0 + m + 8 * v + lane / 4;
+#pragma unroll
+    for (int j = 0; j < S::kWarpN / 8; ++j) {
+      const float* const pair = acc.value[v / 2][j] + v % 2 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; i += kPair) {
+        const int column = t.n0 + n + 8 * j + lane % 4 * 2 + i;
+        if (row >= t.m || column >= t.n) continue;
+        Access* const to = reinterpret_cast<Access*>(c + int64_t{row} * t.n + column);
+        Access value = {};
+        if (p.accumulate) value = *to;
+#pragma unroll
+        for (int e = 0; e < kPair; ++e) value.value[e] = narrow<Out>(widen(value.value[e]) + pair[i + e]);
+        *to = value;
+      }
+    }
+  }
+}
+
+template <Kind kKind, class S, bool kAligned>
+__device__ void leave(const MoetrainGemm& p, const Tile<bf16>& t, const Accumulator<S>& acc, int m, int n, int lane) {
+  if constexpr (kKind == kSwiglu) {
+    store_swiglu<S, kAligned>(p, t, acc, m, n, lane);
+  } else if constexpr (kKind == kWgrad) {
+    if (p.wide) {
+      store_pairs<S, float, kAligned>(p, t, acc, m, n, lane);
+    } else if (p.accumulate) {
+      store_pairs<S, bf16, kAligned>(p, t, acc, m, n, lane);
     } else {
-      copy_plain(target, source, left);
+      store<S, kAligned>(p, t, acc, m, n, lane);
     }
-  }
-}
-
-template <bool kTranspose>
-__device__ void load_matrices(uint32_t (&fragment)[4], const bf16* p) {
-  if (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(shared_address(p))
-                 : "memory");
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(shared_address(p))
-                 : "memory");
+    store<S, kAligned>(p, t, acc, m, n, lane);
   }
 }
 
-// The 16 x 16 fragment of a at (m, k): matrices (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
-template <bool kContiguous>
-__device__ void load_a(uint32_t (&fragment)[4], const bf16* tile, int m, int k, int lane) {
-  if (kContiguous) {
-    load_matrices<false>(fragment, tile + (m + lane % 16) * kContiguousStride + k + lane / 16 * 8);
-  } else {
-    load_matrices<true>(fragment, tile + (k + lane % 8 + lane / 16 * 8) * kStridedStride + m + lane / 8 % 2 * 8);
-  }
-}
+// ---------------------------------------------------------------------------------------------- the kernel
 
-// Two 8 x 16 fragments of b at (n, k) and (n + 8, k): matrices (n, k), (n, k + 8), (n + 8, k), (n + 8, k + 8).
-template <bool kContiguous>
-__device__ void load_b(uint32_t (&fragment)[4], const bf16* tile, int n, int k, int lane) {
-  if (kContiguous) {
-    load_matrices<false>(fragment, tile + (n + lane % 8 + lane / 16 * 8) * kContiguousStride + k + lane / 8 % 2 * 8);
-  } else {
-    load_matrices<true>(fragment, tile + (k + lane % 16) * kStridedStride + n + lane / 16 * 8);
-  }
-}
-
-__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// One stage: acc[i][j] += a[16 rows i] * b[8 columns j], k upwards in steps of 16.
-template <bool kContiguousA, bool kContiguousB>
-__device__ void multiply_stage(float (&acc)[kWarpM / 16][kWarpN / 8][4], const bf16* a, const bf16* b, int m, int n,
-                               int lane) {
-#pragma unroll
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t fragment_a[kWarpM / 16][4], fragment_b[kWarpN / 16][4];
-#pragma unroll
-    for (int i = 0; i < kWarpM / 16; ++i) load_a<kContiguousA>(fragment_a[i], a, m + 16 * i, k, lane);
-#pragma unroll
-    for (int j = 0; j < kWarpN / 16; ++j) load_b<kContiguousB>(fragment_b[j], b, n + 16 * j, k, lane);
-#pragma unroll
-    for (int i = 0; i < kWarpM / 16; ++i) {
-#pragma unroll
-      for (int j = 0; j < kWarpN / 8; ++j) {
-        multiply_add(acc[i][j], fragment_a[i], fragment_b[j / 2][j % 2 * 2], fragment_b[j / 2][j % 2 * 2 + 1]);
-      }
-    }
-  }
-}
-
-// Lane l holds rows l / 4 and l / 4 + 8, columns 2 * (l % 4) and the next, of every 16 x 8 piece.
-__device__ void store(const Tile<bf16>& t, const float (&acc)[kWarpM / 16][kWarpN / 8][4], int m, int n, int lane) {
-#pragma unroll
-  for (int i = 0; i < kWarpM / 16; ++i) {
-#pragma unroll
-    for (int j = 0; j < kWarpN / 8; ++j) {
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int64_t row = t.m0 + m + 16 * i + lane / 4 + v / 2 * 8;
-        const int64_t column = t.n0 + n + 8 * j + lane % 4 * 2 + v % 2;
-        if (row < t.m && column < t.n) t.c[row * t.c_stride + column] = __float2bfloat16_rn(acc[i][j][v]);
-      }
-    }
-  }
-}
-
-template <Kind kKind, bool kAligned>
-__global__ void __launch_bounds__(kThreads) gemm_kernel(Problem<bf16> problem) {
-  constexpr bool kContiguousA = kKind != kWgrad, kContiguousB = kKind == kFprop;
-  extern __shared__ __align__(16) bf16 shared[];
+template <Kind kKind, class S, bool kAligned>
+__global__ void __launch_bounds__(kThreads, S::kBlocksPerProcessor) gemm_kernel(const MoetrainGemm p) {
+  constexpr bool kContiguousA = kKind != kWgrad, kContiguousB = kKind == kFprop || kKind == kSwiglu;
+  extern __shared__ __align__(128) bf16 shared[];
+  __shared__ const bf16* start_a[kContiguousA ? S::kM : 1];
+  __shared__ const bf16* start_b[kContiguousB ? S::kN : 1];
   bf16* const stages_a = shared;
-  bf16* const stages_b = shared + kStages * kStageElements;
-  const Tile<bf16> t = locate<kKind, bf16, kTile, kTile>(problem);
+  bf16* const stages_b = shared + kStages * S::kStageA;
+  const Tile<bf16> t = locate<kKind, bf16, S::kM, S::kN>(p);
   if (!t.present) return;  // the whole block
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int m = warp / 4 * kWarpM, n = warp % 4 * kWarpN;
+  const int m = warp / S::kWarpsN * S::kWarpM, n = warp % S::kWarpsN * S::kWarpN;
 
-  const int64_t steps = (t.k + kDepth - 1) / kDepth;
-  const auto load = [&](int64_t step) {
+  typename LoaderOf<kContiguousA, S::kM, kAligned>::type a;
+  typename LoaderOf<kContiguousB, S::kN, kAligned>::type b;
+  if constexpr (kContiguousA) {
+    a = {start_a, t.a.data, t.k};
+    for (int i = threadIdx.x; i < S::kM; i += kThreads) {
+      start_a[i] = t.m0 + i < t.m ? t.a.at(t.a.physical(t.m0 + i)) : nullptr;
+    }
+  } else {
+    a = {t.a, t.m0, t.m, t.k, {}};
+    a.look_ahead(0);
+  }
+  if constexpr (kContiguousB) {
+    b = {start_b, t.b.data, t.k};
+    for (int i = threadIdx.x; i < S::kN; i += kThreads) {
+      const int row = row_of_b<kKind, kChunk>(i, t.n0, t.n);
+      start_b[i] = row >= 0 ? t.b.at(row) : nullptr;
+    }
+  } else {
+    b = {t.b, t.n0, t.n, t.k, {}};
+    b.look_ahead(0);
+  }
+  __syncthreads();
+
+  const int steps = (t.k + kDepth - 1) / kDepth;
+  const auto load = [&](int step, int stage) {
     if (step < steps) {
-      const int64_t stage = step % kStages * kStageElements;
-      load_tile<kContiguousA, kAligned>(t.a, t.a_stride, t.m0, t.m, step * kDepth, t.k, stages_a + stage);
-      load_tile<kContiguousB, kAligned>(t.b, t.b_stride, t.n0, t.n, step * kDepth, t.k, stages_b + stage);
+      a.load(step * kDepth, stages_a + stage * S::kStageA);
+      b.load(step * kDepth, stages_b + stage * S::kStageB);
     }
     commit();  // also when empty: the waits below count groups
   };
+  Fragments<S> fragments[S::kBuffers];
+  const auto read = [&](int stage, int k, int buffer) {
+    read_fragments<S, kContiguousA, kContiguousB>(fragments[buffer], stages_a + stage * S::kStageA,
+                                                  stages_b + stage * S::kStageB, m, n, k, lane);
+  };
 
-  float acc[kWarpM / 16][kWarpN / 8][4] = {};
-  for (int s = 0; s < kStages - 1; ++s) load(s);
-  for (int64_t step = 0; step < steps; ++step) {
-    wait<kStages - 2>();  // this step's group is complete
-    __syncthreads();      // for every thread; and the stage that is refilled next is no longer read
-    load(step + kStages - 1);
-    const int64_t stage = step % kStages * kStageElements;
-    multiply_stage<kContiguousA, kContiguousB>(acc, stages_a + stage, stages_b + stage, m, n, lane);
+  Accumulator<S> acc = {};
+  for (int s = 0; s < kStages - 1; ++s) load(s, s);
+  wait<kStages - 2>();
+  __syncthreads();
+  if (S::kBuffers == 2 && steps > 0) read(0, 0, 0);
+  int stage = 0;
+  for (int step = 0; step < steps; ++step) {
+    // Into the stage before this one: the barrier below stands between its last read and here.
+    load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const bool last = i == kSteps - 1;
+      if (S::kBuffers == 1) read(stage, i * 16, 0);
+      if (last) {
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+        wait<kStages - 2>();  // the next step's stage is here
+        __syncthreads();      // for every thread
+      }
+      if (S::kBuffers == 2) read(stage, last ? 0 : i * 16 + 16, (i + 1) % 2);
+      multiply(acc, fragments[i % S::kBuffers]);
+    }
   }
   wait<0>();
-  store(t, acc, m, n, lane);
+  leave<kKind, S, kAligned>(p, t, acc, m, n, lane);
 }
 
-template <Kind kKind, bool kAligned>
-int launch_as(const Problem<bf16>& p, cudaStream_t stream) {
-  const auto kernel = &gemm_kernel<kKind, kAligned>;
+template <Kind kKind, class S, bool kAligned>
+int launch_as(const MoetrainGemm& p, cudaStream_t stream) {
+  const auto kernel = &gemm_kernel<kKind, S, kAligned>;
   if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes)) {
     return error;
   }
-  kernel<<<grid_of<kKind>(p, kTile, kTile), kThreads, kSharedBytes, stream>>>(p);
+  kernel<<<static_cast<unsigned>(blocks_of<kKind>(p, S::kM, S::kN)), kThreads, S::kSharedBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
+// The large tile reads shared memory less for each product, but needs a tile for every processor.
 template <Kind kKind>
-int launch(const Problem<bf16>& p, cudaStream_t stream) {
-  // Every matrix has rows of N or of K elements, so these two decide whether all rows start at 16 bytes.
-  const auto bits = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b);
-  const bool aligned = bits % 16 == 0 && p.n % kChunk == 0 && p.k % kChunk == 0;
-  return aligned ? launch_as<kKind, true>(p, stream) : launch_as<kKind, false>(p, stream);
+bool large_tiles(const MoetrainGemm& p) {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t row_tiles = kKind == kWgrad ? p.experts * tiles_of(p.n, Large::kM) : p.rows / Large::kM;
+  const int64_t columns = columns_of<kKind>(p.n, p.k);
+  return row_tiles * (columns / columns_of_tile<kKind>(Large::kN)) >= processors;
+}
+
+// Every matrix has rows of N or of K elements (h: of N / 2), so these decide whether all rows start at 16 bytes.
+bool aligned(const MoetrainGemm& p) {
+  const auto bits = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b) |
+                    reinterpret_cast<uintptr_t>(p.c) | reinterpret_cast<uintptr_t>(p.h);
+  return bits % 16 == 0 && p.n % (p.kind == kSwiglu ? 2 * kChunk : kChunk) == 0 && p.k % kChunk == 0;
+}
+
+template <Kind kKind>
+int launch(const MoetrainGemm& p, cudaStream_t stream) {
+  if (!aligned(p)) return launch_as<kKind, Small, false>(p, stream);
+  return large_tiles<kKind>(p) ? launch_as<kKind, Large, true>(p, stream) : launch_as<kKind, Small, true>(p, stream);
 }
 
 }  // namespace
 
-extern "C" int moetrain_cuda_grouped_gemm_bf16(int kind, const void* a, const void* b, void* c,
-                                               const int64_t* tokens_per_expert, int64_t rows, int64_t experts,
-                                               int64_t n, int64_t k, CUstream_st* stream) {
-  const Problem<bf16> p = {static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<bf16*>(c),
-                           tokens_per_expert, static_cast<int>(experts), rows, n, k};
-  if (nothing_to_do(kind, p)) return cudaSuccess;
-  if (kind == kFprop) return launch<kFprop>(p, stream);
-  if (kind == kDgrad) return launch<kDgrad>(p, stream);
-  return launch<kWgrad>(p, stream);
+extern "C" int moetrain_cuda_grouped_gemm_bf16(const MoetrainGemm* gemm, CUstream_st* stream) {
+  if (too_large(*gemm)) return cudaErrorInvalidValue;
+  if (nothing_to_do(*gemm)) return cudaSuccess;
+  if (gemm->kind == kFprop) return launch<kFprop>(*gemm, stream);
+  if (gemm->kind == kDgrad) return launch<kDgrad>(*gemm, stream);
+  if (gemm->kind == kWgrad) return launch<kWgrad>(*gemm, stream);
+  return launch<kSwiglu>(*gemm, stream);
 }

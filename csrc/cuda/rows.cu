@@ -11,14 +11,9 @@
 
 namespace {
 
+using namespace moetrain_cuda;
+
 constexpr int kThreads = 256;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Memory stays in bounds whatever the caller's indices are; torch's own indexing traps likewise.
-__device__ void require(bool condition) {
-  if (!condition) __trap();
-}
-
 // ---------------------------------------------------------------------------------------------- plan
 
 // block_counts[block][e] = slots of the block's chunk that go to expert e.
@@ -65,7 +60,7 @@ __global__ void first_row_kernel(const int64_t* tokens_per_expert, int experts, 
   for (int base = 0; base < experts; base += 32) {
     const int e = base + lane;
     const int64_t count = e < experts ? tokens_per_expert[e] : 0;
-    const int64_t upto = moetrain_cuda::warp_inclusive_scan(count, lane);
+    const int64_t upto = warp_inclusive_scan(count, lane);
     if (e < experts) first_row[e] = before + upto - count;
     before += __shfl_sync(kAllLanes, upto, 31);
   }
@@ -112,12 +107,6 @@ __global__ void gather_kernel(const Unit* x, int64_t x_rows, const int64_t* inde
 }
 
 template <class Unit>
-bool fits(const void* x, const void* out, size_t row_bytes) {
-  const auto bits = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out) | row_bytes;
-  return bits % sizeof(Unit) == 0;
-}
-
-template <class Unit>
 int launch_gather(const void* x, int64_t x_rows, const int64_t* index, int64_t count, size_t row_bytes, void* out,
                   cudaStream_t stream) {
   gather_kernel<Unit><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
@@ -127,17 +116,6 @@ int launch_gather(const void* x, int64_t x_rows, const int64_t* index, int64_t c
 }
 
 // ---------------------------------------------------------------------------------------------- combine
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void narrow(float x, float* out) { *out = x; }
-__device__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-
-// kPack neighbouring elements move in one access of up to 16 bytes.
-template <class T, int kPack>
-struct alignas(sizeof(T) * kPack) Pack {
-  T value[kPack];
-};
 
 template <class T, int kPack>
 __global__ void combine_kernel(const Pack<T, kPack>* rows, int64_t num_rows, const float* weights,
@@ -157,23 +135,9 @@ __global__ void combine_kernel(const Pack<T, kPack>* rows, int64_t num_rows, con
     }
     Pack<T, kPack> to;
 #pragma unroll
-    for (int p = 0; p < kPack; ++p) narrow(acc[p], &to.value[p]);
+    for (int p = 0; p < kPack; ++p) to.value[p] = narrow<T>(acc[p]);
     out[token * packs + i] = to;
   }
-}
-
-// Sum over the block in a fixed tree; the result is valid in thread 0.
-__device__ float block_sum(float value, float* shared) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  value = 0;
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kThreads / 32; ++w) value += shared[w];
-  }
-  __syncthreads();
-  return value;
 }
 
 template <class T, int kPack>
@@ -196,7 +160,7 @@ __global__ void combine_backward_kernel(const Pack<T, kPack>* grad, const Pack<T
       Pack<T, kPack> to;
 #pragma unroll
       for (int p = 0; p < kPack; ++p) {
-        narrow(__fmul_rn(weight, widen(g.value[p])), &to.value[p]);
+        to.value[p] = narrow<T>(__fmul_rn(weight, widen(g.value[p])));
         dot += widen(g.value[p]) * widen(x.value[p]);
       }
       grad_rows[row * packs + i] = to;
@@ -262,11 +226,13 @@ int moetrain_cuda_plan_place(const int64_t* expert_ids, int64_t slots, int64_t s
 int moetrain_cuda_gather_rows(const void* x, int64_t x_rows, const int64_t* index, int64_t count, size_t row_bytes,
                               void* out, CUstream_st* stream) {
   if (count == 0 || row_bytes == 0) return cudaSuccess;
-  if (fits<uint4>(x, out, row_bytes)) return launch_gather<uint4>(x, x_rows, index, count, row_bytes, out, stream);
-  if (fits<uint32_t>(x, out, row_bytes)) {
+  if (fits<uint4>(x, row_bytes) && fits<uint4>(out, row_bytes)) {
+    return launch_gather<uint4>(x, x_rows, index, count, row_bytes, out, stream);
+  }
+  if (fits<uint32_t>(x, row_bytes) && fits<uint32_t>(out, row_bytes)) {
     return launch_gather<uint32_t>(x, x_rows, index, count, row_bytes, out, stream);
   }
-  if (fits<uint16_t>(x, out, row_bytes)) {
+  if (fits<uint16_t>(x, row_bytes) && fits<uint16_t>(out, row_bytes)) {
     return launch_gather<uint16_t>(x, x_rows, index, count, row_bytes, out, stream);
   }
   return launch_gather<uint8_t>(x, x_rows, index, count, row_bytes, out, stream);
@@ -277,7 +243,7 @@ int moetrain_cuda_combine_rows(const void* rows, int64_t num_rows, const float* 
                                CUstream_st* stream) {
   if (tokens == 0 || width == 0) return cudaSuccess;
   const size_t row_bytes = width * (dtype == 0 ? 4 : 2);
-  const bool wide = fits<uint4>(rows, out, row_bytes);
+  const bool wide = fits<uint4>(rows, row_bytes) && fits<uint4>(out, row_bytes);
   const auto run = dtype == 0 ? (wide ? &launch_combine<float, 4> : &launch_combine<float, 1>)
                               : (wide ? &launch_combine<__nv_bfloat16, 8> : &launch_combine<__nv_bfloat16, 1>);
   return run(rows, num_rows, weights, slot_row, tokens, slots_per_token, width, out, stream);
@@ -289,7 +255,8 @@ int moetrain_cuda_combine_rows_backward(const void* grad, const void* rows, int6
                                         CUstream_st* stream) {
   if (tokens == 0) return cudaSuccess;
   const size_t row_bytes = width * (dtype == 0 ? 4 : 2);
-  const bool wide = fits<uint4>(rows, grad, row_bytes) && fits<uint4>(grad_rows, grad, row_bytes);
+  const bool wide =
+      fits<uint4>(rows, row_bytes) && fits<uint4>(grad, row_bytes) && fits<uint4>(grad_rows, row_bytes);
   const auto run =
       dtype == 0 ? (wide ? &launch_combine_backward<float, 4> : &launch_combine_backward<float, 1>)
                  : (wide ? &launch_combine_backward<__nv_bfloat16, 8> : &launch_combine_backward<__nv_bfloat16, 1>);

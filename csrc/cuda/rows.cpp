@@ -1,44 +1,46 @@
-// Torch-facing side of the CUDA kernels. Uses c10's generic stream interface, not c10/cuda (whose headers do not
-// compile in a CPU wheel), so that CI can compile this unit without a CUDA torch.
+// Torch-facing side of rows.cu: the plan, and moving rows by it.
+#include "cuda/rows.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <tuple>
 
-#include "check.h"
-#include "cuda/launch.h"
+#include "cuda/torch_side.h"
 
-#define MOETRAIN_TORCH_BEFORE_2_13 (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13)
-#if MOETRAIN_TORCH_BEFORE_2_13
-#include <c10/cuda/CUDAStream.h>
-#endif
+namespace moetrain::cuda {
 
-namespace moetrain {
+Tensor gather(const Tensor& x, const Tensor& index, const char* op) {
+  Tensor out = at::empty({index.size(0), x.size(1)}, x.options());
+  check_launch(moetrain_cuda_gather_rows(x.const_data_ptr(), x.size(0), index.const_data_ptr<int64_t>(),
+                                         index.size(0), x.size(1) * x.element_size(), out.data_ptr(),
+                                         current_stream(x)),
+               op);
+  return out;
+}
+
+Tensor combine(const Tensor& rows, const std::optional<Tensor>& weights, const Tensor& slot_row, const char* op) {
+  Tensor out = at::empty({slot_row.size(0), rows.size(1)}, rows.options());
+  check_launch(moetrain_cuda_combine_rows(rows.const_data_ptr(), rows.size(0),
+                                          weights ? weights->const_data_ptr<float>() : nullptr,
+                                          slot_row.const_data_ptr<int64_t>(), slot_row.size(0), slot_row.size(1),
+                                          rows.size(1), dtype_code(rows), out.data_ptr(), current_stream(rows)),
+               op);
+  return out;
+}
+
+Tensor checked_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& rows, const char* op) {
+  check_dtype(weights, at::kFloat, op, "weights");
+  check_same_device(weights, rows, op, "weights");
+  MOETRAIN_CHECK(weights.sizes() == slot_row.sizes(), op, ": weights have shape ", weights.sizes(),
+                 ", the plan is for ", slot_row.sizes());
+  return weights.contiguous();
+}
+
 namespace {
-
-using at::Tensor;
-
-CUstream_st* current_stream(const Tensor& t) {
-#if MOETRAIN_TORCH_BEFORE_2_13
-  return c10::cuda::getCurrentCUDAStream(t.device().index()).stream();
-#else
-  const c10::impl::VirtualGuardImpl device(c10::DeviceType::CUDA);
-  return static_cast<CUstream_st*>(device.getStream(t.device()).native_handle());
-#endif
-}
-
-void check_launch(int error, const char* op) {
-  TORCH_CHECK(error == 0, "moetrain: ", op, " on CUDA: ", moetrain_cuda_error_string(error));
-}
-
-int dtype_code(const Tensor& t) { return t.scalar_type() == at::kFloat ? 0 : 1; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_permutation(const Tensor& expert_ids, int64_t num_experts) {
   const char* op = "plan_permutation";
@@ -75,23 +77,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_permutation(const Tensor& expert
   return {row_token, row_slot, slot_row, tokens_per_expert};
 }
 
-Tensor gather(const Tensor& x, const Tensor& index, const char* op) {
-  const c10::DeviceGuard guard(x.device());
-  const Tensor from = x.contiguous();
-  Tensor out = at::empty({index.size(0), x.size(1)}, x.options());
-  check_launch(moetrain_cuda_gather_rows(from.const_data_ptr(), x.size(0), index.const_data_ptr<int64_t>(),
-                                         index.size(0), x.size(1) * x.element_size(), out.data_ptr(),
-                                         current_stream(x)),
-               op);
-  return out;
-}
-
 Tensor permute_rows(const Tensor& x, const Tensor& row_token, const Tensor& slot_row) {
   const char* op = "permute";
   check_dim(x, 2, op, "x");
   MOETRAIN_CHECK(slot_row.dim() == 2 && slot_row.size(0) == x.size(0), op, ": the plan is for ",
                  slot_row.size(0), " tokens, x has ", x.size(0));
-  return gather(x, checked_index(row_token, 1, x, op, "row_token"), op);
+  const c10::DeviceGuard guard(x.device());
+  return gather(x.contiguous(), checked_index(row_token, 1, x, op, "row_token"), op);
 }
 
 Tensor gather_rows(const Tensor& x, const Tensor& index, const Tensor& inverse) {
@@ -100,40 +92,27 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, const Tensor& inverse) 
   const Tensor to = checked_index(index, 1, x, op, "index"), back = checked_index(inverse, 1, x, op, "inverse");
   MOETRAIN_CHECK(to.size(0) == x.size(0) && back.size(0) == x.size(0), op, ": x has ", x.size(0),
                  " rows, index ", to.size(0), ", inverse ", back.size(0), "; a permutation needs as many");
-  return gather(x, to, op);
+  const c10::DeviceGuard guard(x.device());
+  return gather(x.contiguous(), to, op);
 }
 
-Tensor checked_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& rows, const char* op) {
-  check_dtype(weights, at::kFloat, op, "weights");
-  check_same_device(weights, rows, op, "weights");
-  MOETRAIN_CHECK(weights.sizes() == slot_row.sizes(), op, ": weights have shape ", weights.sizes(),
-                 ", the plan is for ", slot_row.sizes());
-  return weights.contiguous();
-}
-
-Tensor combine(const Tensor& rows, const std::optional<Tensor>& weights, const Tensor& slot_row, const char* op) {
+Tensor combine_checked(const Tensor& rows, const std::optional<Tensor>& weights, const Tensor& slot_row,
+                       const char* op) {
   check_dim(rows, 2, op, "rows");
   check_float_or_bf16(rows, op, "rows");
   const Tensor slots = checked_index(slot_row, 2, rows, op, "slot_row");
   const c10::DeviceGuard guard(rows.device());
-  const Tensor from = rows.contiguous();
-  Tensor out = at::empty({slots.size(0), rows.size(1)}, rows.options());
-  check_launch(moetrain_cuda_combine_rows(from.const_data_ptr(), rows.size(0),
-                                          weights ? weights->const_data_ptr<float>() : nullptr,
-                                          slots.const_data_ptr<int64_t>(), slots.size(0), slots.size(1),
-                                          rows.size(1), dtype_code(rows), out.data_ptr(), current_stream(rows)),
-               op);
-  return out;
+  return combine(rows.contiguous(), weights, slots, op);
 }
 
 Tensor unpermute_rows(const Tensor& rows, const Tensor& row_token, const Tensor& slot_row) {
   MOETRAIN_CHECK(row_token.dim() == 1 && row_token.size(0) == rows.size(0), "unpermute: the plan is for ",
                  row_token.numel(), " rows, there are ", rows.size(0));
-  return combine(rows, std::nullopt, slot_row, "unpermute");
+  return combine_checked(rows, std::nullopt, slot_row, "unpermute");
 }
 
 Tensor combine_rows(const Tensor& rows, const Tensor& weights, const Tensor& slot_row) {
-  return combine(rows, checked_weights(weights, slot_row, rows, "combine"), slot_row, "combine");
+  return combine_checked(rows, checked_weights(weights, slot_row, rows, "combine"), slot_row, "combine");
 }
 
 std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& grad, const Tensor& rows, const Tensor& weights,
@@ -159,50 +138,6 @@ std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& grad, const Tenso
   return {grad_rows, grad_weights};
 }
 
-// kind: see launch.h. The counts stay on the device, so their sum is not checked; the kernels cut what does not fit.
-Tensor run_gemm(int kind, const Tensor& a, const Tensor& b, const Tensor& tokens_per_expert, at::IntArrayRef shape,
-                int64_t n, int64_t k, const char* op) {
-  check_dtype(b, a.scalar_type(), op, "the second operand");
-  check_same_device(b, a, op, "the second operand");
-  check_groups(a, tokens_per_expert, tokens_per_expert.numel(), op);
-  const c10::DeviceGuard guard(a.device());
-  const Tensor left = a.contiguous(), right = b.contiguous(), counts = tokens_per_expert.contiguous();
-  Tensor out = at::empty(shape, a.options());
-  const auto run =
-      a.scalar_type() == at::kFloat ? &moetrain_cuda_grouped_gemm_fp32 : &moetrain_cuda_grouped_gemm_bf16;
-  check_launch(run(kind, left.const_data_ptr(), right.const_data_ptr(), out.data_ptr(),
-                   counts.const_data_ptr<int64_t>(), a.size(0), counts.size(0), n, k, current_stream(a)),
-               op);
-  return out;
-}
-
-Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& tokens_per_expert) {
-  const char* op = "grouped_gemm";
-  check_dim(x, 2, op, "x");
-  check_dim(w, 3, op, "w");
-  check_groups(x, tokens_per_expert, w.size(0), op);
-  MOETRAIN_CHECK(x.size(1) == w.size(2), op, ": x has ", x.size(1), " columns, w is ", w.sizes(), " ([E, out, in])");
-  return run_gemm(0, x, w, tokens_per_expert, {x.size(0), w.size(1)}, w.size(1), w.size(2), op);
-}
-
-Tensor grouped_gemm_dgrad(const Tensor& grad, const Tensor& w, const Tensor& tokens_per_expert) {
-  const char* op = "grouped_gemm dgrad";
-  check_dim(grad, 2, op, "grad");
-  check_dim(w, 3, op, "w");
-  check_groups(grad, tokens_per_expert, w.size(0), op);
-  MOETRAIN_CHECK(grad.size(1) == w.size(1), op, ": grad has ", grad.size(1), " columns, w is ", w.sizes());
-  return run_gemm(1, grad, w, tokens_per_expert, {grad.size(0), w.size(2)}, w.size(1), w.size(2), op);
-}
-
-Tensor grouped_gemm_wgrad(const Tensor& grad, const Tensor& x, const Tensor& tokens_per_expert) {
-  const char* op = "grouped_gemm wgrad";
-  check_dim(grad, 2, op, "grad");
-  check_dim(x, 2, op, "x");
-  MOETRAIN_CHECK(grad.size(0) == x.size(0), op, ": grad has ", grad.size(0), " rows, x has ", x.size(0));
-  return run_gemm(2, grad, x, tokens_per_expert, {tokens_per_expert.numel(), grad.size(1), x.size(1)},
-                  grad.size(1), x.size(1), op);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
@@ -212,9 +147,6 @@ TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
   m.impl("combine_rows", &combine_rows);
   m.impl("combine_rows_backward", &combine_rows_backward);
   m.impl("gather_rows", &gather_rows);
-  m.impl("grouped_gemm", &grouped_gemm);
-  m.impl("grouped_gemm_dgrad", &grouped_gemm_dgrad);
-  m.impl("grouped_gemm_wgrad", &grouped_gemm_wgrad);
 }
 
-}  // namespace moetrain
+}  // namespace moetrain::cuda
