@@ -12,7 +12,8 @@ from torch._C._profiler import _EventType, _ProfilerEvent
 def peak_scratch(work: Callable[[], Any]) -> int:
     """The most bytes that were allocated at one time while `work` ran and were free when it had returned.
 
-    So what it returns or leaves behind (outputs, gradients) does not count. CPU tensors only.
+    So what it returns or leaves behind (outputs, gradients) does not count. CPU tensors only. The profiler does not see
+    what gloo's threads give back; such memory counts until its address is taken again, or as left behind.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
@@ -30,8 +31,8 @@ def peak_scratch(work: Callable[[], Any]) -> int:
     now = peak = 0
     for index, (_, size, address) in enumerate(events):
         if size > 0 and index not in left_behind:
+            now += size - taken.get(address, 0)
             taken[address] = size
-            now += size
             peak = max(peak, now)
         elif size < 0:
             now -= taken.pop(address, 0)
