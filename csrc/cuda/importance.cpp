@@ -24,7 +24,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& lse, const std
                   const char* op) {
   check_dim(q, 4, op, "q");
   check_dim(k, 4, op, "k");
-  check_float_or_bf16(q, op, "q");
+  MOETRAIN_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf, op,
+                 ": q must be float32, bfloat16 or float16, it is ", q.scalar_type());
   check_dtype(k, q.scalar_type(), op, "k");
   check_dtype(lse, at::kFloat, op, "lse");
   check_same_device(k, q, op, "k");
@@ -38,7 +39,7 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& lse, const std
                  ", it must be [", batch, ", ", heads, ", ", seq, "]");
   MOETRAIN_CHECK(heads <= 65535 && batch <= 65535 && seq < (int64_t{1} << 30), op, ": q is ", q.sizes(),
                  "; CUDA takes up to 65535 sequences and heads, and 2^30 tokens");
-  MOETRAIN_CHECK(q.scalar_type() == at::kFloat || q.size(3) <= kMoetrainImportanceMaxWidth, op,
+  MOETRAIN_CHECK(q.scalar_type() != at::kBFloat16 || q.size(3) <= kMoetrainImportanceMaxWidth, op,
                  ": the head dimension is ", q.size(3), "; bfloat16 on CUDA takes up to ",
                  kMoetrainImportanceMaxWidth);
   if (!valid) return;
@@ -48,7 +49,11 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& lse, const std
                  ", it must be [", batch, ", ", seq, "]");
 }
 
-Tensor with_contiguous_heads(const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+// As the kernels read it: heads contiguous; float16, which training here does not use, goes through float32.
+Tensor readable(const Tensor& t) {
+  if (t.scalar_type() == at::kHalf) return t.to(at::kFloat).contiguous();
+  return t.stride(3) == 1 ? t : t.contiguous();
+}
 
 Tensor importance_from_lse(const Tensor& q, const Tensor& k, const Tensor& lse, std::string measure, bool causal,
                            double scale, const std::optional<Tensor>& valid) {
@@ -56,7 +61,7 @@ Tensor importance_from_lse(const Tensor& q, const Tensor& k, const Tensor& lse, 
   const int code = measure_code(measure, op);
   check_shapes(q, k, lse, valid, op);
   const c10::DeviceGuard guard(q.device());
-  const Tensor from_q = with_contiguous_heads(q), from_k = with_contiguous_heads(k), sums = lse.contiguous();
+  const Tensor from_q = readable(q), from_k = readable(k), sums = lse.contiguous();
   const Tensor mask = valid ? valid->contiguous() : Tensor();
   Tensor per_head = at::empty(sums.sizes(), sums.options());
   Tensor out = at::empty({q.size(0), q.size(1)}, sums.options());
@@ -71,7 +76,7 @@ Tensor importance_from_lse(const Tensor& q, const Tensor& k, const Tensor& lse, 
   call.width = q.size(3);
   call.scale = static_cast<float>(scale);
   call.causal = causal;
-  call.dtype = dtype_code(q);
+  call.dtype = dtype_code(from_q);
   check_launch(moetrain_cuda_importance(&call, current_stream(q)), op);
   return out;
 }

@@ -115,12 +115,24 @@ def test_memory_grows_with_the_length_not_with_its_square():
     assert peaks[1] <= 4 * peaks[0]
 
 
-@pytest.mark.parametrize("measure", sorted(ops.CAUSAL_MEASURES | {"col_max"}))
-def test_attention_importance_matches_the_reference(measure):
-    q, k = make((130, 2, 4, 2, 16), torch.float32)
-    expected = reference.attention_importance(q.cpu(), k.cpu(), measure, True, SCALE)
-    ours = ops.attention_importance(q, k, measure, True, SCALE).cpu()
+@by_measure
+@by_dtype
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_with_importance_matches_the_reference(measure, dtype, padded):
+    q, k = make((130, 2, 4, 2, 16), dtype)
+    valid = (torch.rand(2, 130) < 0.7).to(DEVICE) if padded else None
+    expected = reference.attention_importance(q.float(), k.float(), measure, True, SCALE, valid)
+    _, ours = ops.attention_with_importance(q, k, k, measure, True, SCALE, valid)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@by_measure
+def test_float16_is_measured_as_float32(measure):
+    q, k = make(SHAPES[1], torch.float16)
+    _, lse, _ = weights_of(q, k, True, None)
+    run = torch.ops.moetrain.importance_from_lse
+    wide = run(q.float(), k.float(), lse, measure, True, SCALE, None)
+    assert torch.equal(run(q, k, lse, measure, True, SCALE, None), wide)
 
 
 def test_an_unknown_measure_is_refused():
