@@ -22,26 +22,16 @@
 namespace moetrain::cuda {
 namespace {
 
-enum class Library { kByDevice, kOwn, kTorch };
-
-Library choose_library() {
+// Not kept between calls, so that one process can compare both. Own unless asked: torch promises no row invariance, and
+// the proof that no token sees the future stands on it.
+bool torch_is_chosen() {
   const char* value = std::getenv("MOETRAIN_CUDA_GEMM");
-  if (value == nullptr) return Library::kByDevice;
-  const std::string name = value;
+  const std::string name = value ? value : "own";
   MOETRAIN_CHECK(name == "own" || name == "torch", "the environment variable MOETRAIN_CUDA_GEMM is '", name,
                  "'; legal values are own and torch");
   TORCH_CHECK(name == "own" || MOETRAIN_TORCH_HAS_GROUPED_MM,
               "moetrain: MOETRAIN_CUDA_GEMM is torch, but this torch has no grouped product");
-  return name == "own" ? Library::kOwn : Library::kTorch;
-}
-
-// Not kept between calls, so that one process can compare both.
-bool torch_is_chosen(const Tensor& like) {
-  if (!MOETRAIN_TORCH_HAS_GROUPED_MM) return false;
-  const Library library = choose_library();
-  // Before Hopper torch's product is a loop over experts that waits for the counts.
-  return library == Library::kTorch ||
-         (library == Library::kByDevice && moetrain_cuda_capability(like.device().index()) >= 90);
+  return name == "torch";
 }
 
 bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
@@ -110,7 +100,7 @@ void check_product(const Tensor& rows, const Tensor& w, const Tensor& tokens_per
 }  // namespace
 
 bool through_torch(const Tensor& rows, int64_t n, int64_t k) {
-  return rows.scalar_type() == at::kBFloat16 && n > 0 && k > 0 && n % 8 == 0 && k % 8 == 0 && torch_is_chosen(rows);
+  return rows.scalar_type() == at::kBFloat16 && n > 0 && k > 0 && n % 8 == 0 && k % 8 == 0 && torch_is_chosen();
 }
 
 Routed prepared(const Routed& rows, bool for_torch, const char* op) {

@@ -16,10 +16,11 @@ from typing import Literal
 _INDEX, _FLOAT = 8, 4  # bytes of an int64, of a float32
 
 # What `moetrain.ops.expert_layer` holds for each of its rows besides its input and the gradient it is given: how many
-# times D, and F, elements, and how many times the weights' F x D for each expert with rows.
-_SAVED = (2, 4)
-_FORWARD = ((1, 2), (0, 4), (1, 3), (2, 2))
-_BACKWARD = ((3, 4, 0), (2, 5, 1), (1, 6, 1), (2, 2, 3))
+# times D, and F, elements (its output and the gradient of its input count), and in the backward how many times the
+# weights' F x D for each expert with rows. The portable forward; that of AMX holds less, and is never the worst moment.
+_SAVED = (0, 2)
+_FORWARD = ((1, 3), (2, 2))
+_BACKWARD = (2, 5, 3)
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ class _Sizes:
     def in_one_round(self) -> Iterator[DispatchBound]:
         """Activations are kept for the backward; the weights' gradients are written where they stay."""
         away, home = int(self.ranks > 1), self.leaving * (self.ranks > 1)
-        d, f = _SAVED
-        yield self._moment(travel=home + self.arriving * away)
-        yield self._moment(travel=2 * self.arriving * away, d=d, f=f)
-        yield self._moment(home=home, travel=self.arriving * away, d=d, f=f)
-        yield self._moment(home=2 * home, d=d, f=f)
-        for number, (d, f, _) in enumerate(_BACKWARD):
-            yield self._moment(travel=self.arriving * away * (number == 0), d=d, f=f)
+        arrived = self.arriving * away  # in one rank, rows are read from the tokens and results are the layer's output
+        _, kept = _SAVED
+        yield self._moment(travel=home + arrived)
+        for d, f in _FORWARD:
+            yield self._moment(travel=arrived, d=d - 1 + away, f=f)
+        yield self._moment(home=home, travel=2 * arrived, f=kept)
+        yield self._moment(home=2 * home, travel=arrived, f=kept)
+        d, f, _ = _BACKWARD
+        yield self._moment(travel=2 * arrived, d=d - 1 + away, f=f)
 
     def in_rounds(self) -> Iterator[DispatchBound]:
         """Nothing is kept. With overlap the next round's rows and the last round's results are there too."""
@@ -120,9 +123,10 @@ class _Sizes:
             yield self._moment(home=self.rows, travel=2 * (self.leaving + self.arriving))
         touched = min(self.experts, self.arriving)
         unfinished = 3 * _FLOAT // self.element
-        for d, f, weights in _BACKWARD:
-            travel = 2 * self.arriving + 2 * beside + last
-            yield self._moment(home=self.rows, travel=travel, d=d + 1, f=f, weights=weights * touched + unfinished)
+        d, f, weights = _BACKWARD
+        travel = 2 * self.arriving + 2 * beside + last
+        # The recomputed output is there as well.
+        yield self._moment(home=self.rows, travel=travel, d=d + 1, f=f, weights=weights * touched + unfinished)
 
     def kept(self) -> int:
         """One round's activations, which autograd saves, and the plan."""
