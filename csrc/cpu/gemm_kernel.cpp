@@ -16,7 +16,7 @@ namespace {
 
 // The packed block of a (about kBlockFloats) stays in L2, a panel of b in L1.
 constexpr int64_t kBlockK = 512;
-constexpr int64_t kBlockFloats = 448 * kBlockK;
+constexpr int64_t kBlockFloats = 600 * kBlockK;
 constexpr int64_t kBlockM = 1024;
 constexpr int64_t kBlockN = 2048;
 constexpr int64_t kCopyDepth = kLookAhead;

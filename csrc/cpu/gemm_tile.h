@@ -69,7 +69,7 @@ Tile tile_avx2();
 Tile tile_avx512();
 #endif
 
-// Vec: type, kWidth, zero, load, store, multiply_add (of a number in memory and a vector).
+// Vec: type, kWidth, zero, load, store, broadcast, multiply_add, and multiply_add of a number in memory.
 template <class Vec, int kVectors>
 inline void work_ahead(Ahead& ahead) {
   for (int64_t i = 0; i < ahead.burst && ahead.copies_left > 0; ++i) {
@@ -120,8 +120,14 @@ void run_rows(const TileCall& call, Ahead& ahead) {
       for (int v = 0; v < kVectors; ++v) column[v] = Vec::load(b + v * Vec::kWidth);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
+        if (r % 2 == 0) {
+          const typename Vec::type row = Vec::broadcast(a[r]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::multiply_add(a + r, column[v], acc[r][v]);
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::multiply_add(row, column[v], acc[r][v]);
+        } else {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::multiply_add(a + r, column[v], acc[r][v]);
+        }
       }
       a += kPitch;
     }
