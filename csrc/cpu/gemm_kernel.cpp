@@ -14,7 +14,7 @@
 namespace moetrain {
 namespace {
 
-// The packed block of a (about kBlockFloats) stays in L2, a panel of b in L1.
+// A packed block of a (kBlockFloats) and the two panels of b in use stay in L2.
 constexpr int64_t kBlockK = 512;
 constexpr int64_t kBlockFloats = 448 * kBlockK;
 constexpr int64_t kBlockM = 4096;
@@ -137,17 +137,8 @@ class Source {
     }
   }
 
-  // Work for the tiles of another panel: fetch the next one, packed before.
-  void fetch_packed(const float* panel, int64_t bursts, Ahead& ahead) {
-    packed_ = reinterpret_cast<const char*>(panel);
-    ahead.ask_rows = &packed_;
-    ahead.asks_left = 1;
-    ahead.lines = ceil_div(panel_floats() * sizeof(float), 64);
-    ahead.burst = ceil_div(ahead.lines, bursts);
-  }
-
-  // Work for the tiles of another panel, in at most so many bursts. Returns whether it packs this panel to `to`;
-  // otherwise it fetches what packing will read.
+  // Work for the tiles of the panel before this one, in so many bursts: pack it to `to` and return true, or fetch what
+  // packing will read and return false.
   bool work_ahead(int64_t panel, int64_t bursts, float* to, Ahead& ahead) const {
     if constexpr (std::is_same_v<T, float>) {
       if (!x_->reduction_contiguous && panels_.size(panel) == panels_.pitch) {
@@ -160,12 +151,22 @@ class Source {
       }
     }
     const bool across = x_->reduction_contiguous;
-    ahead.ask_rows = reinterpret_cast<const char* const*>(rows_.data() + (across ? panels_.start(panel) - panels_.first : 0));
+    const int64_t first = across ? panels_.start(panel) - panels_.first : 0;
+    ahead.ask_rows = reinterpret_cast<const char* const*>(rows_.data() + first);
     ahead.asks_left = across ? panels_.size(panel) : depth_;
     ahead.offset = across ? 0 : panels_.start(panel) * sizeof(T);
     ahead.lines = ceil_div((across ? depth_ : panels_.size(panel)) * sizeof(T), 64);
     ahead.burst = ceil_div(ahead.asks_left * ahead.lines, bursts);
     return false;
+  }
+
+  // The same for a panel that is packed already: fetch it.
+  void fetch_packed(const float* panel, int64_t bursts, Ahead& ahead) {
+    packed_ = reinterpret_cast<const char*>(panel);
+    ahead.ask_rows = &packed_;
+    ahead.asks_left = 1;
+    ahead.lines = ceil_div(panel_floats() * sizeof(float), 64);
+    ahead.burst = ceil_div(ahead.lines, bursts);
   }
 
  private:
@@ -202,7 +203,8 @@ class Run {
   Run(const Gemm<T, Out>& g, const Task& task, Scratch& scratch)
       : g_(g),
         task_(task),
-        columns_{task.column, task.column + task.columns, tile().columns, ceil_div(task.columns, tile().columns), false},
+        columns_{task.column, task.column + task.columns, tile().columns, ceil_div(task.columns, tile().columns),
+                 false},
         block_rows_(ceil_div(task.rows, ceil_div(task.rows, rows_fitting(g.k)))),
         keeps_b_(block_rows_ < task.rows),
         keeps_sums_(g.k > kBlockK) {
@@ -218,7 +220,9 @@ class Run {
     for (k_ = 0; k_ < g_.k; k_ += kBlockK) {
       depth_ = std::min(kBlockK, g_.k - k_);
       b_source_.set(g_.b, g_.n, columns_, k_, depth_);
-      for (int64_t row = 0; row < task_.rows; row += block_rows_) run_rows(row, std::min(block_rows_, task_.rows - row));
+      for (int64_t row = 0; row < task_.rows; row += block_rows_) {
+        run_rows(row, std::min(block_rows_, task_.rows - row));
+      }
     }
   }
 
@@ -235,14 +239,16 @@ class Run {
     for (int64_t j = 0; j < columns_.count; ++j) {
       if (!packed) b_source_.pack(j, j + 1, b_panel(j));
       Ahead ahead;
-      if (j + 1 == columns_.count) {
-      } else if (row > 0) {
-        b_source_.fetch_packed(b_panel(j + 1), bursts, ahead);
-      } else {
-        packed = b_source_.work_ahead(j + 1, bursts, b_panel(j + 1), ahead);
-      }
+      if (j + 1 < columns_.count) packed = prepare(j + 1, row > 0, bursts, ahead);
       for (int64_t i = 0; i < rows.count; ++i) run_tile(rows, i, j, ahead);
     }
+  }
+
+  // Gives the tiles work for panel j of b; false when it will still have to be packed.
+  bool prepare(int64_t j, bool packed_before, int64_t bursts, Ahead& ahead) {
+    if (!packed_before) return b_source_.work_ahead(j, bursts, b_panel(j), ahead);
+    b_source_.fetch_packed(b_panel(j), bursts, ahead);
+    return true;
   }
 
   void run_tile(const Panels& rows, int64_t i, int64_t j, Ahead& ahead) {
