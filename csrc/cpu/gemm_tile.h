@@ -156,7 +156,7 @@ void pack_transposing(const T* const* rows, int64_t depth, int64_t pitch, float*
   const int64_t whole = depth / kSide * kSide;
   for (int64_t i = 0; i < pitch; i += kSide, rows += kSide, to += kSide) {
     for (int64_t k = 0; k < whole; k += kSide) {
-      for (int64_t r = 0; r < kSide; ++r) __builtin_prefetch(rows[r + kLookAhead] + k);
+      for (int64_t r = 0; k % 16 == 0 && r < kSide; ++r) __builtin_prefetch(rows[r + kLookAhead] + k);  // once a line
       Block::transpose(rows, k, to + k * pitch, pitch);
     }
     if (whole == depth) continue;
