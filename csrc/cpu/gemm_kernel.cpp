@@ -14,10 +14,10 @@
 namespace moetrain {
 namespace {
 
-// The packed block of a (about kBlockFloats) stays in L2, a panel of b in L1.
+// A packed block of a (kBlockFloats) and the two panels of b in use stay in L2.
 constexpr int64_t kBlockK = 512;
 constexpr int64_t kBlockFloats = 448 * kBlockK;
-constexpr int64_t kBlockM = 1024;
+constexpr int64_t kBlockM = 4096;
 constexpr int64_t kBlockN = 2048;
 constexpr int64_t kCopyDepth = kLookAhead;
 
@@ -42,6 +42,9 @@ const PackFns<float>& pack_fns_of(const Tile& t, float) { return t.pack_float; }
 const PackFns<bf16>& pack_fns_of(const Tile& t, bf16) { return t.pack_bf16; }
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Rows of a, this many steps of k deep, that stay in L2.
+int64_t rows_fitting(int64_t k) { return std::min<int64_t>(kBlockFloats / std::min(k, kBlockK), 1024); }
 
 // Scratch of one thread, kept between calls: fresh pages cost more than the packing itself. Huge pages where the
 // system gives them: a block of small ones would not fit into the first TLB.
@@ -134,8 +137,8 @@ class Source {
     }
   }
 
-  // Work for the tiles of another panel, in at most so many bursts. Returns whether it packs this panel to `to`;
-  // otherwise it fetches what packing will read.
+  // Work for the tiles of the panel before this one, in so many bursts: pack it to `to` and return true, or fetch what
+  // packing will read and return false.
   bool work_ahead(int64_t panel, int64_t bursts, float* to, Ahead& ahead) const {
     if constexpr (std::is_same_v<T, float>) {
       if (!x_->reduction_contiguous && panels_.size(panel) == panels_.pitch) {
@@ -148,7 +151,8 @@ class Source {
       }
     }
     const bool across = x_->reduction_contiguous;
-    ahead.ask_rows = reinterpret_cast<const char* const*>(rows_.data() + (across ? panels_.start(panel) - panels_.first : 0));
+    const int64_t first = across ? panels_.start(panel) - panels_.first : 0;
+    ahead.ask_rows = reinterpret_cast<const char* const*>(rows_.data() + first);
     ahead.asks_left = across ? panels_.size(panel) : depth_;
     ahead.offset = across ? 0 : panels_.start(panel) * sizeof(T);
     ahead.lines = ceil_div((across ? depth_ : panels_.size(panel)) * sizeof(T), 64);
@@ -156,11 +160,21 @@ class Source {
     return false;
   }
 
+  // The same for a panel that is packed already: fetch it.
+  void fetch_packed(const float* panel, int64_t bursts, Ahead& ahead) {
+    packed_ = reinterpret_cast<const char*>(panel);
+    ahead.ask_rows = &packed_;
+    ahead.asks_left = 1;
+    ahead.lines = ceil_div(panel_floats() * sizeof(float), 64);
+    ahead.burst = ceil_div(ahead.lines, bursts);
+  }
+
  private:
   const Operand<T>* x_ = nullptr;
   Panels panels_{};
   int64_t outer_ = 0, depth_ = 0;
   std::vector<const T*> rows_;
+  const char* packed_ = nullptr;
 };
 
 // From float sums to c.
@@ -175,62 +189,102 @@ void write_sums(const Gemm<T, Out>& g, const float* sums, int64_t stride, int64_
   }
 }
 
+// The output may hold the sums while they grow: no rounding to bf16, no order of rows, nothing to add to.
 template <class T, class Out>
-void run_task(const Gemm<T, Out>& g, const Task& task, Scratch& scratch) {
-  const Tile& t = tile();
-  const Panels rows{task.row, task.row + task.rows, t.row_pitch, ceil_div(task.rows, t.rows), true};
-  const Panels columns{task.column, task.column + task.columns, t.columns, ceil_div(task.columns, t.columns), false};
-  const int64_t max_depth = std::min(kBlockK, g.k);
-  float* a = scratch.a.at_least(rows.count * t.row_pitch * max_depth);
-  float* b = scratch.b.at_least(2 * t.columns * max_depth);
-  const bool direct = std::is_same_v<Out, float> && !g.accumulate && !g.c_index;
-  const int64_t sums_stride = columns.count * t.columns;
-  const bool keep = g.k > kBlockK;
-  float* sums = scratch.sums.at_least(keep ? task.rows * sums_stride : t.rows * t.columns);
-  Source<T> a_source, b_source;
-  for (int64_t k = 0; k < g.k; k += kBlockK) {
-    const int64_t depth = std::min(kBlockK, g.k - k);
-    const bool last = k + depth == g.k;
-    a_source.set(g.a, g.m, rows, k, depth);
-    b_source.set(g.b, g.n, columns, k, depth);
-    a_source.pack(0, rows.count, a);
-    const int64_t bursts = rows.count * ceil_div(depth, kStepsPerBurst);
-    bool packed = false;
-    for (int64_t j = 0; j < columns.count; ++j) {
-      float* b_panel = b + j % 2 * b_source.panel_floats();
-      if (!packed) b_source.pack(j, j + 1, b_panel);
-      Ahead ahead;
-      packed = j + 1 < columns.count &&
-               b_source.work_ahead(j + 1, bursts, b + (j + 1) % 2 * b_source.panel_floats(), ahead);
-      for (int64_t i = 0; i < rows.count; ++i) {
-        const bool in_place = direct && columns.size(j) == t.columns;
-        TileCall call{a + i * a_source.panel_floats(), b_panel, depth, sums, t.columns, k > 0};
-        if constexpr (std::is_same_v<Out, float>) {
-          if (in_place) {
-            call.c = g.c_row(rows.start(i)) + columns.start(j);
-            call.c_stride = g.c_stride;
-          }
-        }
-        if (!in_place && keep) {
-          call.c = sums + (rows.start(i) - task.row) * sums_stride + j * t.columns;
-          call.c_stride = sums_stride;
-        }
-        t.run(rows.size(i), call, ahead);
-        if (!in_place && last) {
-          write_sums(g, call.c, call.c_stride, rows.start(i), rows.size(i), columns.start(j), columns.size(j));
-        }
+bool holds_sums(const Gemm<T, Out>& g) {
+  return std::is_same_v<Out, float> && !g.accumulate && !g.c_index;
+}
+
+// One task: for each block of k, and of rows, multiply the packed rows of a with one panel of b after the other. The
+// first block of rows packs b; if others follow, its panels are kept for them.
+template <class T, class Out>
+class Run {
+ public:
+  Run(const Gemm<T, Out>& g, const Task& task, Scratch& scratch)
+      : g_(g),
+        task_(task),
+        columns_{task.column, task.column + task.columns, tile().columns, ceil_div(task.columns, tile().columns),
+                 false},
+        block_rows_(ceil_div(task.rows, ceil_div(task.rows, rows_fitting(g.k)))),
+        keeps_b_(block_rows_ < task.rows),
+        keeps_sums_(g.k > kBlockK) {
+    const Tile& t = tile();
+    const int64_t depth = std::min(kBlockK, g.k);
+    sums_stride_ = keeps_sums_ ? columns_.count * t.columns : t.columns;
+    a_ = scratch.a.at_least(ceil_div(block_rows_, t.rows) * t.row_pitch * depth);
+    b_ = scratch.b.at_least((keeps_b_ ? columns_.count : 2) * t.columns * depth);
+    sums_ = scratch.sums.at_least((keeps_sums_ ? task.rows : t.rows) * sums_stride_);
+  }
+
+  void run() {
+    for (k_ = 0; k_ < g_.k; k_ += kBlockK) {
+      depth_ = std::min(kBlockK, g_.k - k_);
+      b_source_.set(g_.b, g_.n, columns_, k_, depth_);
+      for (int64_t row = 0; row < task_.rows; row += block_rows_) {
+        run_rows(row, std::min(block_rows_, task_.rows - row));
       }
     }
   }
-}
+
+ private:
+  float* b_panel(int64_t j) const { return b_ + (keeps_b_ ? j : j % 2) * b_source_.panel_floats(); }
+
+  void run_rows(int64_t row, int64_t size) {
+    const Tile& t = tile();
+    const Panels rows{task_.row + row, task_.row + row + size, t.row_pitch, ceil_div(size, t.rows), true};
+    a_source_.set(g_.a, g_.m, rows, k_, depth_);
+    a_source_.pack(0, rows.count, a_);
+    const int64_t bursts = rows.count * ceil_div(depth_, kStepsPerBurst);
+    bool packed = row > 0;
+    for (int64_t j = 0; j < columns_.count; ++j) {
+      if (!packed) b_source_.pack(j, j + 1, b_panel(j));
+      Ahead ahead;
+      if (j + 1 < columns_.count) packed = prepare(j + 1, row > 0, bursts, ahead);
+      for (int64_t i = 0; i < rows.count; ++i) run_tile(rows, i, j, ahead);
+    }
+  }
+
+  // Gives the tiles work for panel j of b; false when it will still have to be packed.
+  bool prepare(int64_t j, bool packed_before, int64_t bursts, Ahead& ahead) {
+    if (!packed_before) return b_source_.work_ahead(j, bursts, b_panel(j), ahead);
+    b_source_.fetch_packed(b_panel(j), bursts, ahead);
+    return true;
+  }
+
+  void run_tile(const Panels& rows, int64_t i, int64_t j, Ahead& ahead) {
+    const Tile& t = tile();
+    TileCall call{a_ + i * a_source_.panel_floats(), b_panel(j), depth_, sums_, sums_stride_, k_ > 0};
+    if constexpr (std::is_same_v<Out, float>) {
+      if (holds_sums(g_) && columns_.size(j) == t.columns) {
+        call.c = g_.c_row(rows.start(i)) + columns_.start(j);
+        call.c_stride = g_.c_stride;
+        t.run(rows.size(i), call, ahead);
+        return;
+      }
+    }
+    if (keeps_sums_) call.c += (rows.start(i) - task_.row) * sums_stride_ + j * t.columns;
+    t.run(rows.size(i), call, ahead);
+    if (k_ + depth_ < g_.k) return;
+    write_sums(g_, call.c, sums_stride_, rows.start(i), rows.size(i), columns_.start(j), columns_.size(j));
+  }
+
+  const Gemm<T, Out>& g_;
+  const Task& task_;
+  const Panels columns_;
+  const int64_t block_rows_;
+  const bool keeps_b_, keeps_sums_;
+  int64_t sums_stride_ = 0, k_ = 0, depth_ = 0;
+  float *a_ = nullptr, *b_ = nullptr, *sums_ = nullptr;
+  Source<T> a_source_, b_source_;
+};
 
 template <class T, class Out>
 std::vector<Task> cut(const std::vector<Gemm<T, Out>>& groups, int64_t block_m, int64_t block_n) {
   std::vector<Task> tasks;
   for (size_t g = 0; g < groups.size(); ++g) {
     if (groups[g].k == 0 || groups[g].m == 0) continue;
-    const int64_t fitting = kBlockFloats / std::min(groups[g].k, kBlockK);
-    const int64_t blocks = ceil_div(groups[g].m, std::min(block_m, fitting));
+    const int64_t most = holds_sums(groups[g]) ? block_m : std::min(block_m, rows_fitting(groups[g].k));
+    const int64_t blocks = ceil_div(groups[g].m, most);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t r = groups[g].m * i / blocks, rows = groups[g].m * (i + 1) / blocks - r;
       for (int64_t j = 0; j < groups[g].n; j += block_n) {
@@ -279,7 +333,7 @@ void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads) {
   {
     thread_local Scratch scratch;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) run_task(groups[tasks[i].group], tasks[i], scratch);
+    for (int64_t i = 0; i < count; ++i) Run(groups[tasks[i].group], tasks[i], scratch).run();
   }
 }
 

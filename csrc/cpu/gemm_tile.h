@@ -69,7 +69,7 @@ Tile tile_avx2();
 Tile tile_avx512();
 #endif
 
-// Vec: type, kWidth, zero, load, store, multiply_add (of a number in memory and a vector).
+// Vec: type, kWidth, zero, load, store, broadcast, multiply_add, and multiply_add of a number in memory.
 template <class Vec, int kVectors>
 inline void work_ahead(Ahead& ahead) {
   for (int64_t i = 0; i < ahead.burst && ahead.copies_left > 0; ++i) {
@@ -120,8 +120,14 @@ void run_rows(const TileCall& call, Ahead& ahead) {
       for (int v = 0; v < kVectors; ++v) column[v] = Vec::load(b + v * Vec::kWidth);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
+        if (r % 2 == 0) {
+          const typename Vec::type row = Vec::broadcast(a[r]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::multiply_add(a + r, column[v], acc[r][v]);
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::multiply_add(row, column[v], acc[r][v]);
+        } else {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::multiply_add(a + r, column[v], acc[r][v]);
+        }
       }
       a += kPitch;
     }
@@ -150,7 +156,7 @@ void pack_transposing(const T* const* rows, int64_t depth, int64_t pitch, float*
   const int64_t whole = depth / kSide * kSide;
   for (int64_t i = 0; i < pitch; i += kSide, rows += kSide, to += kSide) {
     for (int64_t k = 0; k < whole; k += kSide) {
-      for (int64_t r = 0; r < kSide; ++r) __builtin_prefetch(rows[r + kLookAhead] + k);
+      for (int64_t r = 0; k % 16 == 0 && r < kSide; ++r) __builtin_prefetch(rows[r + kLookAhead] + k);  // once a line
       Block::transpose(rows, k, to + k * pitch, pitch);
     }
     if (whole == depth) continue;

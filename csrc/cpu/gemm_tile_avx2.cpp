@@ -12,9 +12,9 @@ struct Avx2 {
   static type zero() { return _mm256_setzero_ps(); }
   static type load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, type v) { _mm256_storeu_ps(p, v); }
-  static type multiply_add(const float* x, type y, type z) {
-    return _mm256_fmadd_ps(_mm256_broadcast_ss(x), y, z);
-  }
+  static type broadcast(float x) { return _mm256_set1_ps(x); }
+  static type multiply_add(type x, type y, type z) { return _mm256_fmadd_ps(x, y, z); }
+  static type multiply_add(const float* x, type y, type z) { return multiply_add(broadcast(*x), y, z); }
 };
 
 }  // namespace

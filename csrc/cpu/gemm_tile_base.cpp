@@ -35,7 +35,9 @@ struct Base {
   static type zero() { return type{}; }
   static type load(const float* p) { return load4(p); }
   static void store(float* p, type v) { store4(p, v); }
-  static type multiply_add(const float* x, type y, type z) { return type{*x, *x, *x, *x} * y + z; }
+  static type broadcast(float x) { return type{x, x, x, x}; }
+  static type multiply_add(type x, type y, type z) { return x * y + z; }
+  static type multiply_add(const float* x, type y, type z) { return multiply_add(broadcast(*x), y, z); }
 };
 
 struct PackBase {

@@ -59,6 +59,40 @@ def test_forward_and_gradients_match_the_reference_in_double(case, dtype):
     assert (grad_of(w)[counts == 0] == 0).all()
 
 
+def _error(actual, wide):
+    return float((actual.double() - wide).abs().max()) if wide.numel() else 0.0
+
+
+@settings(max_examples=350, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    k=st.integers(1, 160),
+    n=st.integers(1, 80),
+    seed=st.integers(0, 2**31),
+)
+def test_three_products_of_random_shapes_err_no_more_than_torch(counts, k, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(counts), k, generator=generator)
+    grad = torch.randn(sum(counts), n, generator=generator)
+    w = torch.randn(len(counts), n, k, generator=generator)
+    per_expert = torch.tensor(counts)
+    library = torch.ops.moetrain
+    products = {
+        "fprop": (library.grouped_gemm(x, w, per_expert), lambda x, w, _: x @ w.T),
+        "dgrad": (library.grouped_gemm_dgrad(grad, w, per_expert), lambda _, w, grad: grad @ w),
+        "wgrad": (library.grouped_gemm_wgrad(grad, x, per_expert), lambda x, _, grad: grad.T @ x),
+    }
+    groups = list(zip(x.split(counts), w, grad.split(counts), strict=True))
+    join = {"fprop": torch.cat, "dgrad": torch.cat, "wgrad": torch.stack}
+    for name, (ours, product) in products.items():
+        torchs = join[name]([product(*group) for group in groups])
+        wide = join[name]([product(*(t.double() for t in group)) for group in groups])
+        sizes = join[name]([product(*(t.abs() for t in group)) for group in groups])
+        # A single number of torch's may be right by luck; half an ulp of the sum of magnitudes is allowed.
+        luck = torch.finfo(torch.float32).eps / 2 * float(sizes.max() if sizes.numel() else 0)
+        assert _error(ours, wide) <= 3 * max(_error(torchs, wide), luck), name
+
+
 def test_a_row_alone_is_the_row_in_a_crowd_in_every_case():
     for case in GEMMS:
         x, w, counts = make(case)
@@ -259,6 +293,13 @@ for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 1e-2)):
     y = ops.grouped_gemm(x, w, counts)
     torch.testing.assert_close(y, reference.grouped_gemm(x, w, counts), rtol=tolerance, atol=tolerance)
     assert torch.equal(y[20:21], ops.row_invariant_linear(x[20:21], w[1]))
+    dx = torch.ops.moetrain.grouped_gemm_dgrad(y, w, counts)
+    expected = reference.grouped_gemm(y, w.transpose(1, 2), counts)
+    torch.testing.assert_close(dx, expected, rtol=tolerance, atol=tolerance)
+    dw = torch.ops.moetrain.grouped_gemm_wgrad(y, x, counts)
+    groups = zip(y.float().split(counts.tolist()), x.float().split(counts.tolist()))
+    expected = torch.stack([grads.T @ rows for grads, rows in groups]).to(dtype)
+    torch.testing.assert_close(dw, expected, rtol=tolerance, atol=tolerance)
 print(ops.extension_info().cpu_isa)
 """
 
