@@ -63,6 +63,12 @@ const AttentionTile<bf16>* amx_tile() {
 #endif
 }
 
+int64_t strips_of_a_task(const AttentionShape& shape, int rows, int threads) {
+  const int64_t strips = shape.batch * shape.heads * ((shape.seq + rows - 1) / rows);
+  const int64_t share = threads == 1 ? strips : strips / (4 * threads);
+  return std::clamp<int64_t>(share, 1, kTaskRows / rows);
+}
+
 KeyMask::KeyMask(const AttentionShape& shape, int columns, Carver& carver)
     : padded(round_up(shape.seq, columns)), blocks((shape.seq + kKeyBlock - 1) / kKeyBlock) {
   addend = carver.take<float>(shape.batch * padded);
