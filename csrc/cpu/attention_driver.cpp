@@ -13,13 +13,14 @@
 namespace moetrain {
 namespace {
 
+#if defined(__x86_64__)
 bool allowed(const char* isa) {
   const char* wanted = std::getenv("MOETRAIN_CPU_ISA");
   return !wanted || std::strcmp(wanted, isa) == 0;
 }
 
 bool amx_granted() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (!allowed("amx") || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vl") ||
@@ -33,13 +34,13 @@ bool amx_granted() {
   return false;
 #endif
 }
+#endif
 
 AttentionTile<float> choose_tile() {
 #if defined(__x86_64__)
-  if ((allowed("amx") || allowed("avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-    return attention_tile_avx512();
-  }
-  if ((allowed("amx") || allowed("avx512") || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  const bool wide = allowed("amx") || allowed("avx512");
+  if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return attention_tile_avx512();
+  if ((wide || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return attention_tile_avx2();
   }
 #endif

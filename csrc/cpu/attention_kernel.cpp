@@ -237,6 +237,4 @@ void sum_over_heads(const float* statistic, const AttentionShape& shape, float* 
   }
 }
 
-const char* attention_isa(bool is_bf16) { return is_bf16 && amx_tile() ? amx_tile()->isa : float_tile().isa; }
-
 }  // namespace moetrain
