@@ -5,8 +5,7 @@
 
 #include <string>
 
-#include "cpu/gemm_amx.h"
-#include "cpu/gemm_kernel.h"
+#include "cpu/isa.h"
 
 namespace {
 
@@ -16,7 +15,7 @@ std::string build_info() {
 #else
   const std::string cuda = "cpu";
 #endif
-  return std::string(TORCH_VERSION) + ";" + (moetrain::amx::available() ? "amx" : moetrain::gemm_isa()) + ";" + cuda;
+  return std::string(TORCH_VERSION) + ";" + moetrain::isa_name(moetrain::widest_isa()) + ";" + cuda;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // bf16 products of 32 x 32 blocks by AMX tiles: packing, the block product, and what a block's end may do with it.
-// Only for units compiled with AMX and AVX512 enabled, and entered after amx_available(). Everything here is in an
+// Only for units compiled with AMX and AVX512 enabled, and entered where widest_isa() is AMX. Everything here is in an
 // unnamed namespace and free of the standard library: an inline function compiled with wide instructions could else
 // be picked by the linker for the whole library.
 //
@@ -42,6 +42,8 @@ class TileRegisters {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = kHalf;
+    // GCC 12 believes that the instruction reads eight bytes of this only, and may drop the stores to the rest.
+    asm volatile("" : : "m"(config));
     _tile_loadconfig(&config);
   }
   ~TileRegisters() { _tile_release(); }

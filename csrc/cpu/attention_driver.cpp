@@ -1,47 +1,16 @@
 #include "cpu/attention_driver.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "cpu/isa.h"
 
 namespace moetrain {
 namespace {
 
-bool allowed(const char* isa) {
-  const char* wanted = std::getenv("MOETRAIN_CPU_ISA");
-  return !wanted || std::strcmp(wanted, isa) == 0;
-}
-
-bool amx_granted() {
-#if defined(__x86_64__) && defined(__linux__)
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if (!allowed("amx") || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vl") ||
-      !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kAmxBf16) || !(edx & kAmxTile)) {
-    return false;
-  }
-  // Linux hands out the tile registers' state on request only, once for the process (arch_prctl(2)).
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 AttentionTile<float> choose_tile() {
 #if defined(__x86_64__)
-  if ((allowed("amx") || allowed("avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-    return attention_tile_avx512();
-  }
-  if ((allowed("amx") || allowed("avx512") || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return attention_tile_avx2();
-  }
+  if (widest_isa() >= Isa::kAvx512) return attention_tile_avx512();
+  if (widest_isa() == Isa::kAvx2) return attention_tile_avx2();
 #endif
   return attention_tile_base();
 }
@@ -56,11 +25,16 @@ const AttentionTile<float>& float_tile() {
 const AttentionTile<bf16>* amx_tile() {
 #if defined(__x86_64__)
   static const AttentionTile<bf16> tile = attention_tile_amx();
-  static const bool granted = amx_granted();
-  return granted ? &tile : nullptr;
+  return widest_isa() == Isa::kAmx ? &tile : nullptr;
 #else
   return nullptr;
 #endif
+}
+
+int64_t strips_of_a_task(const AttentionShape& shape, int rows, int threads) {
+  const int64_t strips = shape.batch * shape.heads * ((shape.seq + rows - 1) / rows);
+  const int64_t share = threads == 1 ? strips : strips / (4 * threads);
+  return std::clamp<int64_t>(share, 1, kTaskRows / rows);
 }
 
 KeyMask::KeyMask(const AttentionShape& shape, int columns, Carver& carver)

@@ -11,7 +11,7 @@
 
 namespace moetrain {
 
-constexpr int64_t kTaskRows = 192;  // rows that one block of keys serves before the next comes into L2
+constexpr int64_t kTaskRows = 384;  // rows that one block of keys serves before the next comes into L2
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -26,6 +26,9 @@ auto with_tile(Run run) {
   }
   return run(FloatLayout{}, float_tile());
 }
+
+// Strips of one task: fewer where threads would run out of tasks. Strips know nothing of each other, so neither do bits.
+int64_t strips_of_a_task(const AttentionShape& shape, int rows, int threads);
 
 // What a tile needs around the work of a thread.
 template <class P>

@@ -45,7 +45,7 @@ class Forward {
         mask_(a.shape, tile.columns, carver_),
         depth_(Layout::padded_depth(a.shape.depth)),
         panels_(a.v.data ? (a.shape.depth + tile.columns - 1) / tile.columns : 0),
-        task_strips_(kTaskRows / tile.rows),
+        task_strips_(strips_of_a_task(a.shape, tile.rows, threads)),
         keys_(carver_.take<P>(a.shape.batch * a.shape.groups * mask_.padded * depth_)),
         values_(carver_.take<P>(a.shape.batch * a.shape.groups * panels_ * value_stride())) {
     for (int i = 0; i < threads; ++i) {
@@ -236,7 +236,5 @@ void sum_over_heads(const float* statistic, const AttentionShape& shape, float* 
     }
   }
 }
-
-const char* attention_isa(bool is_bf16) { return is_bf16 && amx_tile() ? amx_tile()->isa : float_tile().isa; }
 
 }  // namespace moetrain

@@ -66,7 +66,4 @@ void self_weight(const FromLse<T>& a, int threads);
 // sum[S, B] of statistic [B, H, S] over the heads, in order.
 void sum_over_heads(const float* statistic, const AttentionShape& shape, float* sum, int threads);
 
-// "avx512", "avx2" or "base" for float; "amx" where bf16 has its own tile.
-const char* attention_isa(bool is_bf16);
-
 }  // namespace moetrain

@@ -36,17 +36,34 @@ inline Float4 load4(const bf16* p) { return Float4{to_float(p[0]), to_float(p[1]
 
 inline void store4(float* p, Float4 v) { std::memcpy(p, &v, sizeof v); }
 
-// to[k * width + i] = from[i * stride + k], 4 x 4.
-template <class T>
-inline void transpose4(const T* from, int64_t stride, float* to, int64_t width) {
+// Four elements of row j go to the places j of to, to + width, ...
+inline void transpose4(Float4 a, Float4 b, Float4 c, Float4 d, float* to, int64_t width) {
   typedef int32_t Int4 __attribute__((vector_size(16)));
-  const Float4 a = load4(from), b = load4(from + stride), c = load4(from + 2 * stride), d = load4(from + 3 * stride);
   const Float4 ab01 = __builtin_shuffle(a, b, Int4{0, 4, 1, 5}), ab23 = __builtin_shuffle(a, b, Int4{2, 6, 3, 7});
   const Float4 cd01 = __builtin_shuffle(c, d, Int4{0, 4, 1, 5}), cd23 = __builtin_shuffle(c, d, Int4{2, 6, 3, 7});
   store4(to, __builtin_shuffle(ab01, cd01, Int4{0, 1, 4, 5}));
   store4(to + width, __builtin_shuffle(ab01, cd01, Int4{2, 3, 6, 7}));
   store4(to + 2 * width, __builtin_shuffle(ab23, cd23, Int4{0, 1, 4, 5}));
   store4(to + 3 * width, __builtin_shuffle(ab23, cd23, Int4{2, 3, 6, 7}));
+}
+
+// Eight bf16 as they are: four pairs in the place of four floats.
+inline Float4 load_pairs(const bf16* p) {
+  Float4 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// (x0, y0), (x1, y1), ... of eight bf16 each.
+inline void interleave8(const bf16* x, const bf16* y, bf16* to) {
+  typedef uint16_t Short8 __attribute__((vector_size(16)));
+  Short8 a, b;
+  std::memcpy(&a, x, sizeof a);
+  std::memcpy(&b, y, sizeof b);
+  const Short8 low = __builtin_shuffle(a, b, Short8{0, 8, 1, 9, 2, 10, 3, 11});
+  const Short8 top = __builtin_shuffle(a, b, Short8{4, 12, 5, 13, 6, 14, 7, 15});
+  std::memcpy(to, &low, sizeof low);
+  std::memcpy(to + 8, &top, sizeof top);
 }
 
 // Operands of the float tiles.
@@ -66,7 +83,9 @@ struct FloatLayout {
       int64_t k = 0;
       if (from.holds4(i)) {
         for (; k + 4 <= from.depth; k += 4) {
-          transpose4(from.data + i * from.stride + k, from.stride, to + k * width + i, width);
+          const T* at = from.data + i * from.stride + k;
+          transpose4(load4(at), load4(at + from.stride), load4(at + 2 * from.stride), load4(at + 3 * from.stride),
+                     to + k * width + i, width);
         }
       }
       for (int64_t j = i; j < i + 4; ++j) pack_column(from, j, k, width, to);
@@ -108,30 +127,46 @@ struct AmxLayout {
     const int64_t tiles = padded_depth(from.depth) / kTileDepth;
     for (int64_t i = 0; i < width; ++i) {
       bf16* row = to + i / kHalf * tiles * kTileElements + i % kHalf * kTileDepth;
-      for (int64_t k = 0; k < from.depth || k % kTileDepth != 0; ++k) {
-        row[k / kTileDepth * kTileElements + k % kTileDepth] = from.at(i, k);
+      int64_t k = 0;
+      for (; from.holds(i) && k + kTileDepth <= from.depth; k += kTileDepth) {
+        std::memcpy(row + k / kTileDepth * kTileElements, from.data + i * from.stride + k, kTileDepth * sizeof(bf16));
       }
+      for (; k < tiles * kTileDepth; ++k) row[k / kTileDepth * kTileElements + k % kTileDepth] = from.at(i, k);
     }
   }
 
   // to[half][tile of k][16 pairs of k][16 outer][2]
   static void pack_columns(const Rows<bf16>& from, int64_t width, bf16* to) {
-    const int64_t tiles = padded_depth(from.depth) / kTileDepth;
-    for (int64_t i = 0; i < width; ++i) {
-      bf16* column = to + i / kHalf * tiles * kTileElements + i % kHalf * 2;
-      for (int64_t k = 0; k < from.depth || k % kTileDepth != 0; k += 2) {
-        const bf16 pair[2] = {from.at(i, k), from.at(i, k + 1)};
-        std::memcpy(column + k / 2 * kTileDepth, pair, sizeof pair);
+    const int64_t depth = padded_depth(from.depth), half = kHalf * depth;
+    for (int64_t i = 0; i < width; i += 4) {
+      bf16* column = to + i / kHalf * half + i % kHalf * 2;
+      int64_t k = 0;
+      for (; from.holds4(i) && k + 8 <= from.depth; k += 8) {
+        const bf16* at = from.data + i * from.stride + k;
+        transpose4(load_pairs(at), load_pairs(at + from.stride), load_pairs(at + 2 * from.stride),
+                   load_pairs(at + 3 * from.stride), reinterpret_cast<float*>(column + k * kHalf), kHalf);
+      }
+      for (; k < depth; ++k) {
+        for (int64_t j = 0; j < 4; ++j) column[k / 2 * kTileDepth + 2 * j + k % 2] = from.at(i + j, k);
       }
     }
   }
 
   // to[panel of 32 columns][tile of 32 keys][half of the columns][16 pairs of keys][16 columns][2], panels `stride` apart.
   static void pack_values(const Rows<bf16>& from, int64_t keys, int64_t width, int64_t stride, bf16* to) {
-    for (int64_t i = 0; i < keys; ++i) {
-      bf16* key = to + i / kTileDepth * 2 * kTileElements + i % kTileDepth / 2 * kTileDepth + i % 2;
-      for (int64_t k = 0; k < from.depth || k % width != 0; ++k) {
-        key[k / width * stride + k % width / kHalf * kTileElements + k % kHalf * 2] = from.at(i, k);
+    for (int64_t i = 0; i < keys; i += 2) {
+      bf16* pair = to + i / kTileDepth * 2 * kTileElements + i % kTileDepth * kHalf;
+      const auto place = [&](int64_t k) {
+        return pair + k / width * stride + k % width / kHalf * kTileElements + k % kHalf * 2;
+      };
+      const bf16* at = from.data + i * from.stride;
+      int64_t k = 0;
+      for (; from.holds(i) && from.holds(i + 1) && k + 8 <= from.depth; k += 8) {
+        interleave8(at + k, at + from.stride + k, place(k));
+      }
+      for (; k < round_up(from.depth, width); ++k) {
+        place(k)[0] = from.at(i, k);
+        place(k)[1] = from.at(i + 1, k);
       }
     }
   }

@@ -37,7 +37,7 @@ class Received {
         carver_(memory),
         padded_(round_up(a.shape.seq, tile.columns)),
         depth_(Layout::padded_depth(a.shape.depth)),
-        task_strips_(kTaskRows / tile.rows),
+        task_strips_(strips_of_a_task(a.shape, tile.rows, threads)),
         queries_(carver_.take<P>(a.shape.batch * a.shape.heads * padded_ * depth_)),
         offset_(carver_.take<float>(a.shape.batch * a.shape.heads * padded_)) {
     for (int i = 0; i < threads; ++i) {

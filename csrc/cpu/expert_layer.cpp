@@ -92,7 +92,7 @@ Layer check(const Tensor& x, const std::optional<Tensor>& weights, const Tensor&
 
 #if defined(__x86_64__)
 bool use_amx(const Layer& l) {
-  return l.x.scalar_type() == at::kBFloat16 && amx::fits(l.F) && amx::available();
+  return l.x.scalar_type() == at::kBFloat16 && amx::fits(l.F) && widest_isa() == Isa::kAmx;
 }
 
 amx::ExpertLayer for_amx(const Layer& l) {

@@ -7,8 +7,7 @@
 
 namespace moetrain::amx {
 
-// Whether this process may use AMX: the CPU has it, the kernel grants it, and MOETRAIN_CPU_ISA does not forbid it.
-bool available();
+// Only where widest_isa() is AMX.
 
 // An operand whose outer axis may be cut into panels of 32, `panel` elements apart (0: it is not): element (i, k) is
 // data[i / 32 * panel + k * stride + i % 32]. For reductions over rows, which then read memory in order.

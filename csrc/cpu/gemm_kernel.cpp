@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/gemm_tile.h"
+#include "cpu/isa.h"
 
 namespace moetrain {
 namespace {
@@ -23,12 +24,8 @@ constexpr int64_t kCopyDepth = kLookAhead;
 
 Tile choose_tile() {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("MOETRAIN_CPU_ISA");
-  const auto allowed = [&](const char* isa) { return !wanted || std::strcmp(wanted, isa) == 0; };
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f")) return tile_avx512();
-  if ((allowed("avx512") || allowed("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return tile_avx2();
-  }
+  if (widest_isa() >= Isa::kAvx512) return tile_avx512();
+  if (widest_isa() == Isa::kAvx2) return tile_avx2();
 #endif
   return tile_base();
 }
@@ -340,7 +337,5 @@ void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads) {
 template void grouped_gemm(const std::vector<Gemm<float>>&, int);
 template void grouped_gemm(const std::vector<Gemm<bf16>>&, int);
 template void grouped_gemm(const std::vector<Gemm<bf16, float>>&, int);
-
-const char* gemm_isa() { return tile().isa; }
 
 }  // namespace moetrain

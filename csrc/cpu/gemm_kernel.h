@@ -40,7 +40,4 @@ struct Gemm {
 template <class T, class Out>
 void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads);
 
-// "avx512", "avx2" or "base": what this CPU has, or less by MOETRAIN_CPU_ISA (for tests).
-const char* gemm_isa();
-
 }  // namespace moetrain

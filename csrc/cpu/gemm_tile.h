@@ -54,7 +54,6 @@ struct PackFns {
 
 // The widths of panels are 1, 2 or 4 blocks of packing.
 struct Tile {
-  const char* isa;
   int rows;       // most rows of a tile
   int row_pitch;  // width of a panel of a, at least `rows`
   int columns;    // width of a panel of b

@@ -21,7 +21,7 @@ struct Avx2 {
 
 // 12 of 16 registers accumulate.
 Tile tile_avx2() {
-  return {"avx2", 6, 8, 16, &run_tile<Avx2, 6, 8, 2>, pack_fns<PackAvx2, float>(), pack_fns<PackAvx2, bf16>()};
+  return {6, 8, 16, &run_tile<Avx2, 6, 8, 2>, pack_fns<PackAvx2, float>(), pack_fns<PackAvx2, bf16>()};
 }
 
 }  // namespace moetrain

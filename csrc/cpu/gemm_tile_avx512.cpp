@@ -26,7 +26,7 @@ struct Avx512 {
 // 28 of 32 registers accumulate. 24 x 16 is as fast in registers, but touches more rows of c than an L1 set has ways
 // when these are a power of two apart: 15 % slower.
 Tile tile_avx512() {
-  return {"avx512", 14, 16, 32, &run_tile<Avx512, 14, 16, 2>, pack_fns<PackAvx2, float>(),
+  return {14, 16, 32, &run_tile<Avx512, 14, 16, 2>, pack_fns<PackAvx2, float>(),
           pack_fns<PackAvx2, bf16>()};
 }
 

@@ -66,7 +66,7 @@ struct PackBase {
 }  // namespace
 
 Tile tile_base() {
-  return {"base", 4, 4, 8, &run_tile<Base, 4, 4, 2>, pack_fns<PackBase, float>(), pack_fns<PackBase, bf16>()};
+  return {4, 4, 8, &run_tile<Base, 4, 4, 2>, pack_fns<PackBase, float>(), pack_fns<PackBase, bf16>()};
 }
 
 }  // namespace moetrain

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cpu/gemm_amx.h"
 #include "cpu/gemm_kernel.h"
+#include "cpu/isa.h"
 
 namespace moetrain {
 
@@ -37,7 +38,7 @@ template <class T, class Out>
 void multiply(const std::vector<Gemm<T, Out>>& groups, int threads) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, bf16>) {
-    if (amx::available()) {
+    if (widest_isa() == Isa::kAmx) {
       std::vector<amx::Product<Out>> products;
       for (const Gemm<T, Out>& g : groups) {
         products.push_back({{g.a}, {g.b}, g.c, g.c_stride, g.m, g.n, g.k, g.c_index, g.accumulate});

@@ -34,13 +34,6 @@ __global__ void zero_kernel(const int32_t* end, int64_t units, Unit* c) {
 
 extern "C" {
 
-int moetrain_cuda_capability(int device) {
-  int major = 0, minor = 0;
-  const bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-  return known ? 10 * major + minor : 0;
-}
-
 int moetrain_cuda_group_ends(const int64_t* tokens_per_expert, int64_t experts, int64_t rows, int32_t* ends,
                              CUstream_st* stream) {
   if (experts == 0) return cudaSuccess;

@@ -65,9 +65,6 @@ struct MoetrainGemm {
 int moetrain_cuda_grouped_gemm_fp32(const MoetrainGemm* gemm, CUstream_st* stream);
 int moetrain_cuda_grouped_gemm_bf16(const MoetrainGemm* gemm, CUstream_st* stream);
 
-// Compute capability of a device, 10 * major + minor (80, 90, ...); 0 when it cannot be told.
-int moetrain_cuda_capability(int device);
-
 // ends[e] = rows of the experts up to and with e, cut to `rows`; what torch's grouped product takes.
 int moetrain_cuda_group_ends(const int64_t* tokens_per_expert, int64_t experts, int64_t rows, int32_t* ends,
                              CUstream_st* stream);

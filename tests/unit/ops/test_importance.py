@@ -26,9 +26,12 @@ by_causal_measure = pytest.mark.parametrize("measure", sorted(ops.CAUSAL_MEASURE
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def make(seq: int = 37, groups: int = 2, width: int = 16, batch: int = 2, heads: int = 4, dtype=torch.float32):
+def make(
+    seq: int = 37, groups: int = 2, width: int = 16, batch: int = 2, heads: int = 4, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(seq)
-    return tuple(torch.randn(seq, batch, n, width).to(dtype) for n in (heads, groups, groups))
+    q, k, v = (torch.randn(seq, batch, n, width).to(dtype) for n in (heads, groups, groups))
+    return q, k, v
 
 
 def padding(batch: int, seq: int) -> Tensor:
@@ -56,10 +59,9 @@ def check(q, k, v, measure, causal, scale, valid=None):
     tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
-    tight = {"rtol": 2e-5, "atol": 2e-5}
-    torch.testing.assert_close(importance.double(), expected_importance, **tight)
+    torch.testing.assert_close(importance.double(), expected_importance, rtol=2e-5, atol=2e-5)
     later = LIBRARY.importance_from_lse(q, k, lse, measure, causal, scale, valid)
-    torch.testing.assert_close(later.double(), expected_importance, **tight)
+    torch.testing.assert_close(later.double(), expected_importance, rtol=2e-5, atol=2e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -96,10 +98,10 @@ def test_several_blocks_of_keys_give_what_the_whole_matrix_gives(measure, dtype,
 @pytest.mark.parametrize("groups", [1, 4])
 def test_gradients_are_those_of_the_reference_in_double(dtype, causal, padded, groups):
     q, k, v = (t.requires_grad_() for t in make(50, groups, 33, dtype=dtype))
-    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    wide_q, wide_k, wide_v = wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     valid = padding(2, 50) if padded else None
     out, _ = ops.attention_with_importance(q, k, v, "row_max", causal, 0.2, valid)
-    expected, _ = reference.attention(*wide, causal, 0.2, valid)
+    expected, _ = reference.attention(wide_q, wide_k, wide_v, causal, 0.2, valid)
     grad = torch.randn_like(out)
     mine = torch.autograd.grad(out, (q, k, v), grad)
     theirs = torch.autograd.grad(expected, wide, grad.double())
@@ -115,7 +117,8 @@ def test_error_is_no_larger_than_that_of_torch(dtype):
     q, k, v = make(700, 4, 64, batch=1, dtype=dtype)
     expected, _ = reference.attention(q.double(), k.double(), v.double(), True, 0.125)
     ours, _ = ops.attention_with_importance(q, k, v, "row_entropy", True, 0.125)
-    torchs = F.scaled_dot_product_attention(*(t.permute(1, 2, 0, 3) for t in (q, k, v)), is_causal=True, scale=0.125)
+    heads_first = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    torchs = F.scaled_dot_product_attention(*heads_first, dropout_p=0.0, is_causal=True, scale=0.125)
     error = (ours.double() - expected).square().mean().sqrt()
     error_of_torch = (torchs.permute(2, 0, 1, 3).double() - expected).square().mean().sqrt()
     assert error <= 1.05 * error_of_torch
@@ -196,7 +199,7 @@ def test_strided_and_expanded_inputs_give_the_same_bits(measure):
     plain = [t.clone().requires_grad_() for t in (q, k, v)]
     sums = []
     for inputs in (strided, transposed, plain):
-        out, importance = ops.attention_with_importance(*inputs, measure, True, 0.25)
+        out, importance = ops.attention_with_importance(inputs[0], inputs[1], inputs[2], measure, True, 0.25)
         assert torch.equal(out, expected[0])
         assert torch.equal(importance, expected[1])
         sums.append(torch.autograd.grad(out.sum(), inputs))  # an expanded gradient
