@@ -210,21 +210,9 @@ class Prefetch {
   int64_t row_ = 0, end_ = 0, column_ = 0, width_ = 0, at_ = 0, lines_ = 0;
 };
 
-// c[32][32] (+)= a block of rows times a block of pairs.
-inline void multiply(const bf16* a_low, const bf16* a_high, const bf16* b_low, const bf16* b_high, int64_t tiles,
-                     bool accumulate, float* c, Prefetch& next, int64_t lines_a_tile) {
-  constexpr int kBytes = kBlock * sizeof(float);
-  if (accumulate) {
-    _tile_loadd(0, c, kBytes);
-    _tile_loadd(1, c + kHalf, kBytes);
-    _tile_loadd(2, c + kHalf * kBlock, kBytes);
-    _tile_loadd(3, c + kHalf * kBlock + kHalf, kBytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+// Some steps of a block product: sums += rows times pairs.
+inline void multiply_tiles(const bf16*& a_low, const bf16*& a_high, const bf16*& b_low, const bf16*& b_high,
+                           int64_t tiles, Prefetch& next, int64_t lines_a_tile) {
   for (int64_t t = 0; t < tiles; ++t) {
     _tile_loadd(4, a_low, 64);
     _tile_loadd(6, b_low, 64);
@@ -237,6 +225,29 @@ inline void multiply(const bf16* a_low, const bf16* a_high, const bf16* b_low, c
     a_low += kTileElements, a_high += kTileElements, b_low += kTileElements, b_high += kTileElements;
     next.touch(lines_a_tile);
   }
+}
+
+// c[32][32] (+)= a block of rows times a block of pairs. `meanwhile` runs in the middle of the sum: it is vector work,
+// which the tile unit does not wait for.
+template <class Meanwhile>
+inline void multiply(const bf16* a_low, const bf16* a_high, const bf16* b_low, const bf16* b_high, int64_t tiles,
+                     bool accumulate, float* c, Prefetch& next, int64_t lines_a_tile, const Meanwhile& meanwhile) {
+  constexpr int kBytes = kBlock * sizeof(float);
+  if (accumulate) {
+    _tile_loadd(0, c, kBytes);
+    _tile_loadd(1, c + kHalf, kBytes);
+    _tile_loadd(2, c + kHalf * kBlock, kBytes);
+    _tile_loadd(3, c + kHalf * kBlock + kHalf, kBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const int64_t before = tiles / 4;
+  multiply_tiles(a_low, a_high, b_low, b_high, before, next, lines_a_tile);
+  meanwhile();
+  multiply_tiles(a_low, a_high, b_low, b_high, tiles - before, next, lines_a_tile);
   _tile_stored(0, c, kBytes);
   _tile_stored(1, c + kHalf, kBytes);
   _tile_stored(2, c + kHalf * kBlock, kBytes);
@@ -266,8 +277,9 @@ constexpr int64_t kStripElements = 4 * kBlock * kStripDepth;
 
 // Strips times every block of a panel, whose tiles from `first_tile` on stand for the same k. kStrip is the form of the
 // strips; the panel has the other one. The product of strip s and block b is at c + (s * blocks + b) * kBlockFloats;
-// finish(outer of the strip, b, product) is called when it is complete, while it is in L1. `next` are the strips that
-// will be asked for after these; their lines are fetched meanwhile.
+// finish(outer of the strip, b, product) is called when it is complete, in the middle of the block after it: while it
+// is in L1, and while tiles multiply. `next` are the strips that will be asked for after these; their lines are fetched
+// meanwhile.
 template <Form kStrip, class Finish>
 inline void multiply_strips(const Strips& strips, const Strips& next, const Panel& panel, int64_t first_tile,
                             bool accumulate, bf16* buffer, float* c, const Finish& finish) {
@@ -281,19 +293,25 @@ inline void multiply_strips(const Strips& strips, const Strips& next, const Pane
     const int64_t lines = prefetch.lines() / (count * panel.blocks * tiles) + 1;
     pack<kStrip>(strips.source, strips.outer, strips.count, strips.k + at, part, buffer);
     float* out = c;
+    const float* complete = nullptr;  // the product of (strip, block), which finish has not seen
+    int64_t complete_strip = 0, complete_block = 0;
+    const auto finish_complete = [&] {
+      if (complete) finish(complete_strip, complete_block, complete);
+    };
     for (int64_t s = 0; s < count; ++s) {
       const bf16 *low = buffer + 2 * s * tiles * kTileElements, *high = low + tiles * kTileElements;
       const bf16* p = panel.data + (first_tile + at / kTileDepth) * kTileElements;
       for (int64_t b = 0; b < panel.blocks; ++b, p += 2 * panel.tiles * kTileElements, out += kBlockFloats) {
         const bf16* p_high = p + panel.tiles * kTileElements;
         if (kStrip == Form::kRows) {
-          multiply(low, high, p, p_high, tiles, accumulate || at > 0, out, prefetch, lines);
+          multiply(low, high, p, p_high, tiles, accumulate || at > 0, out, prefetch, lines, finish_complete);
         } else {
-          multiply(p, p_high, low, high, tiles, accumulate || at > 0, out, prefetch, lines);
+          multiply(p, p_high, low, high, tiles, accumulate || at > 0, out, prefetch, lines, finish_complete);
         }
-        if (last) finish(strips.outer + s * kBlock, b, out);
+        if (last) complete = out, complete_strip = strips.outer + s * kBlock, complete_block = b;
       }
     }
+    finish_complete();
   }
 }
 
