@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def test_tables_go_to_the_terminal_and_to_a_page(tmp_path: Path) -> None:
     chosen = ("--only", "fprop", "--only", "plan", "--dtype", "fp32", "--routing", "balanced,all_to_one")
     result = bench(tmp_path, *TINY, *chosen, "--experts", "16", "--write", "ops.md")
     assert result.code == 0, result
-    assert "fprop: Grouped product, forward" in result.stdout and "argsort, bincount, scatter" in result.stdout
+    assert "fprop: Grouped product, forward" in result.stdout and "plan: Sorting slots by expert" in result.stdout
     assert "bench ops: 4/4, plan int64 E=16 all_to_one, about 0 s left" in result.stderr
     page = (tmp_path / "ops.md").read_text(encoding="utf-8")
     for words in (
@@ -78,8 +77,3 @@ def test_a_file_of_the_users_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine\n")
     assert "was not written by this command" in refusal(tmp_path, *TINY, "--write", "notes.md")
     assert (tmp_path / "notes.md").read_text() == "mine\n"
-
-
-def test_cuda_on_a_machine_without_it_is_refused(tmp_path: Path) -> None:
-    result = run_cli(["bench", "ops", "--device", "cuda"], tmp_path, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert result.code == 2 and "error: --device is cuda, but torch" in result.stderr, result
