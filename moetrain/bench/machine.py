@@ -49,17 +49,21 @@ def _processor() -> tuple[str, set[str]]:
 
 
 def _commit() -> str:
-    """Of the checkout that this file is in; empty for an installed package."""
-    here = Path(__file__).parent
-    commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno", "--", ":/csrc", ":/moetrain"])
+    """Of the checkout that tracks this file; empty for an installed package, be it inside another checkout."""
+    here = Path(__file__)
+    commands = (
+        ["ls-files", "--error-unmatch", here.name],
+        ["rev-parse", "--short=12", "HEAD"],
+        ["status", "--porcelain", "-uno", "--", ":/csrc", ":/moetrain"],
+    )
     try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=20, check=True).stdout
+        _, commit, changes = (
+            subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=20, check=True)
             for words in commands
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return commit.strip() + (" with changes" if changes else "")
+    return commit.stdout.strip() + (" with changes" if changes.stdout else "")
 
 
 def peak_rates(device: str, clock: Clock, seconds: float) -> dict[str, float]:

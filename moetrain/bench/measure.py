@@ -21,7 +21,7 @@ from moetrain.bench.results import CaseResult, Point
 Clock = Callable[[Callable[[], Any]], tuple[Any, float]]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-FAR_SLOWER = 10.0  # a baseline that takes this many times our time takes part in the first round only
+FAR_SLOWER = 10.0  # a baseline that takes this many times our time, and long, takes part in the first round only
 _LONG = 0.1
 _SHORTEST = 2e-3  # a shorter call is repeated until it takes as long: clocks and caches are too coarse for it
 
@@ -99,7 +99,7 @@ def alternate(
     """
     times: dict[str, list[float]] = {who: [] for who in calls}
     repeats = {who: max(1, math.ceil(_SHORTEST / max(first[who], 1e-7))) for who in calls}
-    slow = {who for who in calls if first[who] > FAR_SLOWER * first[""]}
+    slow = {who for who in calls if first[who] > max(FAR_SLOWER * first[""], _LONG)}
     end = time.perf_counter() + budget
     for number in range(MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() > end:

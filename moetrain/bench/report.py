@@ -116,6 +116,9 @@ def machine_lines(report: Report) -> list[str]:
         f"{report.started}, {report.seconds:.0f} s; load average {report.load_before:.1f} before, "
         f"{report.load_after:.1f} after",
     ]
+    if report.load_before > machine.cores / 2:
+        # Libraries with a barrier for each expert fall behind a hundredfold when a core is taken from them.
+        lines.append("The machine was busy when this began: quote none of it, least of all of several threads")
     for threads, rates in machine.peaks.items():
         text = ", ".join(f"{dtype} {rate_text(rate)}FLOP/s" for dtype, rate in rates.items())
         lines.append(f"Peak (best large torch.mm{f', {threads} threads' if threads > 1 else ''}): {text}")

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -47,8 +48,9 @@ def run(settings: Settings, on_case: Callable[[CaseResult], None]) -> Report:
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     report = Report(settings, started, load_before=os.getloadavg()[0])
     for threads in settings.threads:
-        for event in _events(settings.for_threads(threads)):
-            _take(report, event, on_case)
+        with closing(_events(settings.for_threads(threads))) as events:
+            for event in events:
+                _take(report, event, on_case)
     report.load_after, report.seconds = os.getloadavg()[0], time.monotonic() - begun
     return report
 
@@ -75,7 +77,7 @@ def worker_environment(mine: Mapping[str, str], threads: int) -> dict[str, str]:
     return {**mine, **ALLOCATOR, **numbers, **quiet}
 
 
-def _events(settings: Settings) -> Iterator[dict[str, Any]]:
+def _events(settings: Settings) -> Generator[dict[str, Any], None, None]:
     command = [sys.executable, "-m", "moetrain.bench.worker", settings.to_json()]
     environment = worker_environment(os.environ, settings.threads[0])
     with tempfile.TemporaryFile("w+", encoding="utf-8") as words:

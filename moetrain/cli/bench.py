@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -119,10 +120,16 @@ def _print(report: Report) -> None:
 
 
 def _table(section: Section) -> Table:
-    """Baselines below one another: beside one another they would need a very wide terminal."""
-    table = Table("case", "threads", "ours, ms", "rate", "of peak", section.relation, "ratio")
+    """Baselines below their case: beside one another they would need a very wide terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"case / {section.relation}", overflow="fold")
+    for name in ("ours, ms", "rate", "of peak", "ratio"):
+        table.add_column(name, no_wrap=True, justify="right")
     for row in section.rows:
+        threads = f", {row.threads} threads" if row.threads not in ("-", "1") else ""
         # Text, not str: rich would read brackets as markup.
-        cells = [row.case, row.threads, row.milliseconds, row.rate, row.of_peak]
-        table.add_row(*map(Text, (*cells, "\n".join(row.ratios), "\n".join(row.ratios.values()))))
+        ours = (row.case + threads, row.milliseconds, row.rate, row.of_peak)
+        table.add_row(*(Text(cell, "bold") for cell in ours))
+        for who, ratio in row.ratios.items():
+            table.add_row(Text(f"  {who}"), "", "", "", Text(ratio))
     return table

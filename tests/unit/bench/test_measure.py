@@ -57,6 +57,12 @@ def test_a_far_slower_baseline_is_in_the_first_round_only() -> None:
     assert {who: len(times) for who, times in result.baselines.items()} == {"near": MIN_ROUNDS, "far": 1}
 
 
+def test_a_baseline_that_takes_no_time_to_speak_of_is_in_every_round_however_slow() -> None:
+    diary = Diary(ours=1e-3, far=5e-2)
+    result = run(diary, Problem(diary.contender("ours"), {"far": diary.contender("far")}, work=1.0))
+    assert len(result.baselines["far"]) == MIN_ROUNDS
+
+
 def test_a_short_call_is_repeated_and_reported_per_call() -> None:
     diary = Diary(ours=1e-4, a=3e-4)
     result = run(diary, Problem(diary.contender("ours"), {"a": diary.contender("a")}, work=1.0))

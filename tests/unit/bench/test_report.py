@@ -73,6 +73,12 @@ def test_the_page_tells_command_machine_date_commit_and_load(full: Report) -> No
         assert words in text
 
 
+def test_a_page_from_a_busy_machine_says_so(full: Report) -> None:
+    assert "machine was busy" not in page.markdown(full)
+    full.load_before = 1.5
+    assert "The machine was busy when this began" in page.markdown(full)
+
+
 def test_a_cost_is_ours_over_theirs() -> None:
     text = page.markdown(
         report(CaseResult("attention_rows", ATTENTION, 1, [1.1], {"attention alone": [1.0]}, work=1.0))
