@@ -21,7 +21,7 @@ from moetrain.bench.results import CaseResult, Point
 Clock = Callable[[Callable[[], Any]], tuple[Any, float]]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-FAR_SLOWER = 10.0  # a baseline that takes this many times our time, and long, takes part in the first round only
+FAR_SLOWER = 10.0  # a baseline that takes this many times our time, and long, takes part in the first rounds only
 _LONG = 0.1
 _SHORTEST = 2e-3  # a shorter call is repeated until it takes as long: clocks and caches are too coarse for it
 
@@ -95,7 +95,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds a call, one entry a round: in each round all are called in the order given. Ours is named "".
 
-    `first`: what a call of each is known to take, roughly. One that is far slower than ours is in the first round only.
+    `first`: what a call of each is known to take, roughly. One that is far slower than ours is in the
+    first `MIN_ROUNDS` only.
     """
     times: dict[str, list[float]] = {who: [] for who in calls}
     repeats = {who: max(1, math.ceil(_SHORTEST / max(first[who], 1e-7))) for who in calls}
@@ -105,7 +106,7 @@ def alternate(
         if number >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for who, call in calls.items():
-            if number == 0 or who not in slow:
+            if number < MIN_ROUNDS or who not in slow:
                 _, seconds = clock(partial(_repeat, call, repeats[who]))
                 times[who].append(seconds / repeats[who])
     return times

@@ -99,9 +99,7 @@ def rate_text(rate: float) -> str:
 
 
 def ratio_text(ratio: Spread) -> str:
-    """Median and quartiles; the one value of a single round stands alone."""
-    if ratio.low == ratio.high:
-        return f"{ratio.median:.2f}×"
+    """Median and quartiles."""
     return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})"
 
 

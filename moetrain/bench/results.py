@@ -61,7 +61,7 @@ class Point:
 class CaseResult:
     """Times of one point, in seconds a call.
 
-    ours: one entry a round. baselines: the same, of the same rounds; one that is far slower has the first only.
+    ours: one entry a round. baselines: the same, of the same rounds; one that is far slower has the first ones only.
     missing: why a baseline was not run. unavailable: why ours was not, and then all else is empty.
     work, unit: floating-point operations ("FLOP") or bytes ("B") of one call of ours.
     """

@@ -42,19 +42,19 @@ def test_a_row_has_time_rate_share_of_the_peak_and_each_ratio_with_quartiles(ful
     text = page.markdown(full)
     assert lines(text, "| case | threads | ours, ms | rate | of peak | against A | against B |")
     assert lines(text, "| bf16 E=8 F=16 bal")[0] == (
-        "| bf16 E=8 F=16 balanced | 1 | 2000 | 1.00 GFLOP/s | 25% | 2.00× (1.50–2.50) | 15.00× |"
+        "| bf16 E=8 F=16 balanced | 1 | 2000 | 1.00 GFLOP/s | 25% | 2.00× (1.50–2.50) | 15.00× (15.00–15.00) |"
     )
 
 
 def test_sections_stand_in_the_catalogs_order_and_bytes_have_no_peak(full: Report) -> None:
     text = page.markdown(full)
     assert lines(text, "## ") == ["## fprop", "## combine", "## attention_rows"]
-    assert "| bf16 E=8 F=16 balanced | 1 | 500 | 2.00 GB/s | - | 0.50× |" in text
+    assert "| bf16 E=8 F=16 balanced | 1 | 500 | 2.00 GB/s | - | 0.50× (0.50–0.50) |" in text
 
 
 def test_what_was_not_run_is_listed_with_reason_and_place(full: Report) -> None:
     text = page.markdown(full)
-    assert lines(text, "| bf16 E=8 F=16 zipf")[0].endswith("| 2.00× | - |")
+    assert lines(text, "| bf16 E=8 F=16 zipf")[0].endswith("| 2.00× (2.00–2.00) | - |")
     assert lines(text, "- Not run") == [
         "- Not run: B: would pad (bf16 E=8 F=16 zipf)",
         "- Not run: ours: this build has none",

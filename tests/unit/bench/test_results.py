@@ -39,7 +39,7 @@ def test_quartiles_surround_the_median(values: list[float]) -> None:
     assert min(values) <= low <= median <= high <= max(values)
 
 
-def test_a_baseline_of_the_first_round_alone_is_paired_with_that_round() -> None:
+def test_a_baseline_of_the_first_rounds_alone_is_paired_with_those() -> None:
     assert case([2.0, 1.0, 1.0], [40.0]).speedup("them") == (20.0, 20.0, 20.0)
 
 
