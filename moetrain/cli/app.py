@@ -29,6 +29,7 @@ VERBS = {
     "launch": Verb("moetrain.cli.launch", "Start the ranks of a run: on this machine or through Slurm."),
     "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face."),
     "demo": Verb("moetrain.cli.demo", "From text to an exported model on this machine, in minutes."),
+    "bench": Verb("moetrain.cli.bench", "Our operators against those of others, measured on this machine."),
     "doctor": Verb("moetrain.cli.doctor", "What is installed, what is missing, and what each piece changes."),
 }
 

@@ -1,4 +1,4 @@
-"""The words behind a verb: YAML files, then `key=value` overrides."""
+"""The words behind a verb: YAML files, then `key=value` overrides; lists behind an option."""
 
 from __future__ import annotations
 
@@ -27,3 +27,21 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     if not files:
         raise ConfigError("no configuration file given: name at least one YAML file, for example configs/demo.yaml")
     return files, overrides
+
+
+def split_numbers(option: str, text: str) -> tuple[int, ...]:
+    """`8,16` as numbers. Raises `ConfigError` for what is no whole number above 0."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdigit() and int(word) > 0):
+            raise ConfigError(f'{option}: "{word}" in "{text}" must be a whole number of at least 1; example: 8,16')
+    return tuple(int(word) for word in dict.fromkeys(words))
+
+
+def split_choices(option: str, text: str, legal: Sequence[str]) -> tuple[str, ...]:
+    """`bf16,fp32` as words, all of them legal. Raises `ConfigError`."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in legal:
+            raise ConfigError(f'{option}: "{word}" is unknown; legal: {", ".join(legal)}')
+    return tuple(dict.fromkeys(words))
