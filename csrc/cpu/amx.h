@@ -138,16 +138,9 @@ inline void pack_half_contiguous(const Source& x, int64_t outer, int64_t count, 
   }
 }
 
-// Outer contiguous: two neighbouring k interleave into pairs; a tile of rows is the transpose of that. Of the tile's 32 k
-// `depth` exist, of its 32 outer `count`.
-template <Form kForm>
-inline void pack_tile_strided(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
-                              bf16* high) {
-  const __mmask32 inside = first_of_32(count);
-  const Source from = {{x.start(outer), x.stride, false, x.index}};
-  const auto row = [&](int64_t i) {
-    return _mm512_maskz_loadu_epi16(i < depth ? inside : 0, i < depth ? from.row(k + i) : from.data);
-  };
+// Two neighbouring k interleave into pairs; a tile of rows is the transpose of that. `row(i)` loads 32 outer of k + i.
+template <Form kForm, class Row>
+inline void interleave_tile(const Row& row, bf16* low, bf16* high) {
   __m512i r_low[16], r_high[16];
 #pragma GCC unroll 16
   for (int p = 0; p < 16; ++p) {
@@ -161,6 +154,25 @@ inline void pack_tile_strided(const Source& x, int64_t outer, int64_t count, int
   }
   store_tile(r_low, low);
   store_tile(r_high, high);
+}
+
+// Outer contiguous: of the tile's 32 k `depth` exist, of its 32 outer `count`.
+template <Form kForm>
+inline void pack_tile_strided(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth, bf16* low,
+                              bf16* high) {
+  const Source from = {{x.start(outer), x.stride, false, x.index}};
+  if (depth >= kTileDepth && count >= kBlock && !x.index) {  // nearly always; the rest asks about every row
+    const bf16* first = from.row(k);
+    const int64_t stride = x.stride;
+    interleave_tile<kForm>([&](int64_t i) { return _mm512_loadu_si512(first + i * stride); }, low, high);
+    return;
+  }
+  const __mmask32 inside = first_of_32(count);
+  interleave_tile<kForm>(
+      [&](int64_t i) {
+        return _mm512_maskz_loadu_epi16(i < depth ? inside : 0, i < depth ? from.row(k + i) : from.data);
+      },
+      low, high);
 }
 
 // Packs outer .. outer + count, k .. k + depth: half h of block b starts at tile (2 b + h) * tiles_of(depth). A strided
@@ -189,25 +201,37 @@ class Prefetch {
   Prefetch(const Source& x, int64_t outer, int64_t count, int64_t k, int64_t depth) : source_(x) {
     if (count <= 0 || depth <= 0) return;
     if (x.reduction_contiguous) {
-      row_ = outer, end_ = outer + count, column_ = k, width_ = depth;
+      source_.data += k;
+      row_ = outer, end_ = outer + count, lines_of_row_ = (depth + 31) / 32;
     } else {
       source_.data = x.start(outer);
-      row_ = k, end_ = k + depth, width_ = count;
+      row_ = k, end_ = k + depth, lines_of_row_ = (count + 31) / 32;
     }
-    lines_ = (end_ - row_) * ((width_ + 31) / 32);
+    lines_ = (end_ - row_) * lines_of_row_;
+    open_row();
   }
   int64_t lines() const { return lines_; }
   void touch(int64_t lines) {
     for (; lines > 0 && row_ < end_; --lines) {
-      _mm_prefetch(reinterpret_cast<const char*>(source_.row(row_) + column_ + at_), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(at_), _MM_HINT_T1);
       at_ += 32;
-      if (at_ >= width_) at_ = 0, ++row_;
+      if (--left_ == 0) {
+        ++row_;
+        open_row();
+      }
     }
   }
 
  private:
+  void open_row() {
+    if (row_ >= end_) return;
+    at_ = source_.row(row_);
+    left_ = lines_of_row_;
+  }
+
   Source source_{};
-  int64_t row_ = 0, end_ = 0, column_ = 0, width_ = 0, at_ = 0, lines_ = 0;
+  const bf16* at_ = nullptr;
+  int64_t row_ = 0, end_ = 0, lines_of_row_ = 0, left_ = 0, lines_ = 0;
 };
 
 // Some steps of a block product: sums += rows times pairs.
