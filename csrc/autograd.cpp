@@ -47,18 +47,6 @@ struct Permute : Function<Permute<kPermute>> {
   }
 };
 
-struct GatherRows : Function<GatherRows> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& index, const Tensor& inverse) {
-    ctx->save_for_backward({index, inverse});
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_of_plan("moetrain::gather_rows", x, index, inverse);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    return {call_of_plan("moetrain::gather_rows", grads[0], saved[1], saved[0]), {}, {}};
-  }
-};
-
 struct CombineRows : Function<CombineRows> {
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& weights, const Tensor& slot_row) {
     ctx->save_for_backward({rows, weights, slot_row});
@@ -162,10 +150,6 @@ Tensor unpermute_rows(const Tensor& rows, const Tensor& row_token, const Tensor&
   return Permute<false>::apply(rows, row_token, slot_row);
 }
 
-Tensor gather_rows(const Tensor& x, const Tensor& index, const Tensor& inverse) {
-  return GatherRows::apply(x, index, inverse);
-}
-
 Tensor combine_rows(const Tensor& rows, const Tensor& weights, const Tensor& slot_row) {
   return CombineRows::apply(rows, weights, slot_row);
 }
@@ -193,7 +177,6 @@ std::tuple<Tensor, Tensor> generated_experts(const Tensor& x, const Tensor& down
 TORCH_LIBRARY_IMPL(moetrain, Autograd, m) {
   m.impl("permute_rows", &permute_rows);
   m.impl("unpermute_rows", &unpermute_rows);
-  m.impl("gather_rows", &gather_rows);
   m.impl("combine_rows", &combine_rows);
   m.impl("grouped_gemm", &grouped_gemm);
   m.impl("expert_layer_forward", &expert_layer_forward);

@@ -33,7 +33,6 @@ TORCH_LIBRARY(moetrain, m) {
   m.def(
       "combine_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor slot_row) -> "
       "(Tensor grad_rows, Tensor grad_weights)");
-  m.def("gather_rows(Tensor x, Tensor index, Tensor inverse) -> Tensor");
 
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor grad, Tensor w, Tensor tokens_per_expert) -> Tensor");

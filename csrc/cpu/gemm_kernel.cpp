@@ -1,16 +1,14 @@
 #include "cpu/gemm_kernel.h"
 
 #include <omp.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <type_traits>
 
 #include "cpu/gemm_tile.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace moetrain {
 namespace {
@@ -43,40 +41,8 @@ int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 // Rows of a, this many steps of k deep, that stay in L2.
 int64_t rows_fitting(int64_t k) { return std::min<int64_t>(kBlockFloats / std::min(k, kBlockK), 1024); }
 
-// Scratch of one thread, kept between calls: fresh pages cost more than the packing itself. Huge pages where the
-// system gives them: a block of small ones would not fit into the first TLB.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  float* at_least(int64_t floats) {
-    if (floats > size_) grow(floats);
-    return data_;
-  }
-
- private:
-  void grow(int64_t floats) {
-    constexpr int64_t kHugePage = 1 << 21;
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-    const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
-    const int64_t page = bytes > kHugePage / 4 ? kHugePage : 64;
-    const int64_t rounded = ceil_div(bytes, page) * page;
-    data_ = static_cast<float*>(std::aligned_alloc(page, rounded));
-    if (!data_) throw std::bad_alloc();
-    if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
-    size_ = rounded / static_cast<int64_t>(sizeof(float));
-  }
-
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-struct Scratch {
-  Buffer a, b, sums;
+struct Buffers {
+  Scratch a, b, sums;
 };
 
 // The part of one group's c that one thread computes at a stretch.
@@ -197,7 +163,7 @@ bool holds_sums(const Gemm<T, Out>& g) {
 template <class T, class Out>
 class Run {
  public:
-  Run(const Gemm<T, Out>& g, const Task& task, Scratch& scratch)
+  Run(const Gemm<T, Out>& g, const Task& task, Buffers& buffers)
       : g_(g),
         task_(task),
         columns_{task.column, task.column + task.columns, tile().columns, ceil_div(task.columns, tile().columns),
@@ -208,9 +174,9 @@ class Run {
     const Tile& t = tile();
     const int64_t depth = std::min(kBlockK, g.k);
     sums_stride_ = keeps_sums_ ? columns_.count * t.columns : t.columns;
-    a_ = scratch.a.at_least(ceil_div(block_rows_, t.rows) * t.row_pitch * depth);
-    b_ = scratch.b.at_least((keeps_b_ ? columns_.count : 2) * t.columns * depth);
-    sums_ = scratch.sums.at_least((keeps_sums_ ? task.rows : t.rows) * sums_stride_);
+    a_ = buffers.a.at_least<float>(ceil_div(block_rows_, t.rows) * t.row_pitch * depth);
+    b_ = buffers.b.at_least<float>((keeps_b_ ? columns_.count : 2) * t.columns * depth);
+    sums_ = buffers.sums.at_least<float>((keeps_sums_ ? task.rows : t.rows) * sums_stride_);
   }
 
   void run() {
@@ -328,9 +294,9 @@ void grouped_gemm(const std::vector<Gemm<T, Out>>& groups, int threads) {
   const int64_t count = static_cast<int64_t>(tasks.size());
 #pragma omp parallel num_threads(threads)
   {
-    thread_local Scratch scratch;
+    thread_local Buffers buffers;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) Run(groups[tasks[i].group], tasks[i], scratch).run();
+    for (int64_t i = 0; i < count; ++i) Run(groups[tasks[i].group], tasks[i], buffers).run();
   }
 }
 

@@ -142,21 +142,6 @@ std::tuple<Tensor, Tensor> combine_rows_backward_op(const Tensor& grad, const Te
   return {grad_rows, grad_weights};
 }
 
-Tensor gather_rows_op(const Tensor& x, const Tensor& index, const Tensor& inverse) {
-  const char* op = "gather_rows";
-  check_dim(x, 2, op, "x");
-  const Tensor to = checked_index(index, 1, x, op, "index"), back = checked_index(inverse, 1, x, op, "inverse");
-  MOETRAIN_CHECK(to.size(0) == x.size(0) && back.size(0) == x.size(0), op, ": x has ", x.size(0),
-                 " rows, index ", to.size(0), ", inverse ", back.size(0), "; a permutation needs as many");
-  check_range(to, 0, x.size(0), op, "index");
-  const int64_t *t = to.const_data_ptr<int64_t>(), *b = back.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < to.size(0); ++i) {
-    MOETRAIN_CHECK(b[t[i]] == i, op, ": inverse[index[", i, "]] is ", b[t[i]], "; it must be ", i,
-                   " (index must be a permutation and inverse its inverse)");
-  }
-  return gather(x, to);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
@@ -165,7 +150,6 @@ TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
   m.impl("unpermute_rows", &unpermute_rows);
   m.impl("combine_rows", &combine_rows_op);
   m.impl("combine_rows_backward", &combine_rows_backward_op);
-  m.impl("gather_rows", &gather_rows_op);
 }
 
 }  // namespace moetrain

@@ -3,34 +3,24 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <new>
 
 namespace moetrain {
-namespace {
 
-std::atomic<int64_t> held{0};
-
-}  // namespace
-
-int64_t scratch_bytes() { return held.load(std::memory_order_relaxed); }
-
-Scratch::~Scratch() {
-  held -= static_cast<int64_t>(size_);
-  std::free(data_);
-}
+Scratch::~Scratch() { std::free(data_); }
 
 void* Scratch::bytes(size_t count) {
   if (count > size_) {
     std::free(data_);
-    held -= static_cast<int64_t>(size_);
     size_ = 0;
-    const size_t rounded = (count + 4095) / 4096 * 4096;
-    data_ = std::aligned_alloc(4096, rounded);
+    constexpr size_t kPage = 4096, kHugePage = 1 << 21;
+    const size_t page = count > kHugePage / 4 ? kHugePage : kPage;
+    const size_t rounded = (count + page - 1) / page * page;
+    data_ = std::aligned_alloc(page, rounded);
     if (!data_) throw std::bad_alloc();
+    if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
     size_ = rounded;
-    held += static_cast<int64_t>(size_);
   }
   return data_;
 }

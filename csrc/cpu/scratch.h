@@ -1,4 +1,5 @@
-// Memory that a thread keeps between calls: fresh pages cost more than what is done with them.
+// Memory that a thread keeps between calls: fresh pages cost more than what is done with them. Huge pages where the
+// system gives them: a packed panel in small ones would not fit into the first TLB.
 #pragma once
 
 #include <cstddef>
@@ -24,9 +25,6 @@ class Scratch {
   void* data_ = nullptr;
   size_t size_ = 0;
 };
-
-// Bytes that all threads hold now.
-int64_t scratch_bytes();
 
 // Whether the pages under [data, data + bytes) are there already, by a look at some of them.
 bool is_mapped(const void* data, size_t bytes);

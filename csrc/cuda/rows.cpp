@@ -86,16 +86,6 @@ Tensor permute_rows(const Tensor& x, const Tensor& row_token, const Tensor& slot
   return gather(x.contiguous(), checked_index(row_token, 1, x, op, "row_token"), op);
 }
 
-Tensor gather_rows(const Tensor& x, const Tensor& index, const Tensor& inverse) {
-  const char* op = "gather_rows";
-  check_dim(x, 2, op, "x");
-  const Tensor to = checked_index(index, 1, x, op, "index"), back = checked_index(inverse, 1, x, op, "inverse");
-  MOETRAIN_CHECK(to.size(0) == x.size(0) && back.size(0) == x.size(0), op, ": x has ", x.size(0),
-                 " rows, index ", to.size(0), ", inverse ", back.size(0), "; a permutation needs as many");
-  const c10::DeviceGuard guard(x.device());
-  return gather(x.contiguous(), to, op);
-}
-
 Tensor combine_checked(const Tensor& rows, const std::optional<Tensor>& weights, const Tensor& slot_row,
                        const char* op) {
   check_dim(rows, 2, op, "rows");
@@ -146,7 +136,6 @@ TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
   m.impl("unpermute_rows", &unpermute_rows);
   m.impl("combine_rows", &combine_rows);
   m.impl("combine_rows_backward", &combine_rows_backward);
-  m.impl("gather_rows", &gather_rows);
 }
 
 }  // namespace moetrain::cuda

@@ -15,7 +15,6 @@ from moetrain.ops.library import ExtensionError, ExtensionInfo, extension_info
 from moetrain.ops.permute import (
     PermutePlan,
     combine,
-    gather_rows,
     permute,
     plan_permutation,
     reorder_by_expert,
@@ -34,7 +33,6 @@ __all__ = [
     "combine",
     "expert_layer",
     "extension_info",
-    "gather_rows",
     "gathered_grouped_gemm",
     "generated_experts",
     "grouped_gemm",

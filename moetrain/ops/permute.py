@@ -79,19 +79,6 @@ def combine(rows_RD: Tensor, weights_TK: Tensor, plan: PermutePlan) -> Tensor:
     return _ops.combine_rows(rows_RD, weights_TK, plan.slot_row_TK)
 
 
-def gather_rows(x_RD: Tensor, index_R: Tensor, inverse_R: Tensor | None = None) -> Tensor:
-    """``x_RD[index_R]`` for a permutation ``index_R`` (int64); the backward is the gather by its inverse.
-
-    ``inverse_R`` is computed when absent. Any dtype.
-
-    Raises:
-        ValueError: ``index_R`` is no permutation, or ``inverse_R`` is not its inverse (CPU only).
-    """
-    if inverse_R is None:
-        inverse_R = torch.argsort(index_R)
-    return _ops.gather_rows(x_RD, index_R, inverse_R)
-
-
 def reorder_by_expert(counts_WE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How to turn received rows, which stand in (source rank, local expert) order, into expert order.
 
@@ -99,8 +86,8 @@ def reorder_by_expert(counts_WE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         counts_WE: int64, rows that rank ``w`` sent for local expert ``e``.
 
     Returns:
-        ``index_R`` and ``inverse_R`` for :func:`gather_rows` (rows of one expert keep the order of their
-        source ranks), and ``tokens_per_expert_E``.
+        ``index_R``, which received row stands where (rows of one expert keep the order of their source
+        ranks), its inverse ``inverse_R``, and ``tokens_per_expert_E``.
     """
     if counts_WE.dim() != 2 or counts_WE.dtype != torch.int64:
         raise ValueError(f"counts_WE must be int64 [ranks, experts], it is {counts_WE.dtype} {tuple(counts_WE.shape)}")
@@ -147,8 +134,3 @@ def _combine_fake(rows: Tensor, weights: Tensor, slot_row: Tensor) -> Tensor:
 @torch.library.register_fake("moetrain::combine_rows_backward")
 def _combine_backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, slot_row: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
-
-
-@torch.library.register_fake("moetrain::gather_rows")
-def _gather_fake(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return x.new_empty(index.size(0), x.size(1))

@@ -74,15 +74,6 @@ def test_permute_and_combine_are_the_cpu_bits(routing, width, dtype):
     assert (results[0][2].cpu()[on_cpu.slot_row_TK < 0] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8], ids=str)
-def test_gather_rows_is_undone_by_its_inverse(dtype):
-    x = torch.randn(50, 7).mul(10).to(dtype).to(DEVICE)
-    index = torch.randperm(50).to(DEVICE)
-    gathered = ops.gather_rows(x, index)
-    assert torch.equal(gathered, x[index])
-    assert torch.equal(ops.gather_rows(gathered, torch.argsort(index), index), x)
-
-
 def test_reorder_by_expert_is_the_cpu_index():
     counts = torch.tensor([[3, 2], [0, 0], [1, 1]])
     for ours, theirs in zip(ops.reorder_by_expert(counts.to(DEVICE)), ops.reorder_by_expert(counts), strict=True):

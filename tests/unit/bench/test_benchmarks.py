@@ -146,10 +146,8 @@ def test_every_operator_that_computes_is_in_a_benchmark() -> None:
     """A new operator needs a row in the catalog, or a reason here."""
     elsewhere = {
         "all_to_all": "needs several processes",
-        "attention_importance": "part of attention_with_importance",
         "extension_info": "computes nothing",
         "generated_experts": "inside HyperExperts, which is measured",
-        "gather_rows": "permute, by another index",
         "reorder_by_expert": "counts alone",
         "row_invariant_linear": "grouped_gemm of one group",
         "start_all_to_all": "needs several processes",

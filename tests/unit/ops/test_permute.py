@@ -161,31 +161,6 @@ def test_a_plan_for_another_tensor_is_refused():
         ops.combine(rows, weights[:, :2], plan)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)
-def test_gather_rows_is_undone_by_its_inverse(dtype):
-    x = torch.randn(50, 7).mul(10).to(dtype)
-    index = torch.randperm(50)
-    gathered = ops.gather_rows(x, index)
-    assert torch.equal(gathered, x[index])
-    assert torch.equal(ops.gather_rows(gathered, torch.argsort(index), index), x)
-
-
-def test_gather_rows_backward_is_the_inverse_gather():
-    x = torch.randn(50, 7, requires_grad=True)
-    index, grad = torch.randperm(50), torch.randn(50, 7)
-    ops.gather_rows(x, index).backward(grad)
-    assert torch.equal(grad_of(x), grad[torch.argsort(index)])
-
-
-def test_gather_rows_refuses_what_is_no_permutation():
-    with pytest.raises(ValueError, match="must be a permutation"):
-        ops.gather_rows(torch.randn(3, 2), torch.tensor([0, 0, 1]))
-    with pytest.raises(ValueError, match="index holds 3"):
-        ops.gather_rows(torch.randn(3, 2), torch.tensor([0, 3, 1]))
-    with pytest.raises(ValueError, match="needs as many"):
-        ops.gather_rows(torch.randn(3, 2), torch.tensor([0, 1]))
-
-
 @pytest.mark.parametrize(
     "counts", [[[2, 0, 1], [1, 3, 0]], [[0, 0]], [[0], [4], [1]], [[3, 2], [0, 0], [1, 1]]], ids=str
 )
@@ -199,14 +174,12 @@ def test_operators_obey_the_rules_of_the_dispatcher():
     plan, x, weights = make("tokens_without_experts", 6)
     library = torch.ops.moetrain
     rows = ops.permute(x, plan)
-    permutation = torch.randperm(4)
     calls = [
         (library.plan_permutation, (ROUTINGS["tokens_without_experts"][0], 3)),
         (library.permute_rows, (x.requires_grad_(), plan.row_token_R, plan.slot_row_TK)),
         (library.unpermute_rows, (rows.detach().requires_grad_(), plan.row_token_R, plan.slot_row_TK)),
         (library.combine_rows, (rows.detach().requires_grad_(), weights.requires_grad_(), plan.slot_row_TK)),
         (library.combine_rows_backward, (x.detach(), rows.detach(), weights.detach(), plan.slot_row_TK)),
-        (library.gather_rows, (x, permutation, torch.argsort(permutation))),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
