@@ -87,8 +87,8 @@ def test_full_recompute_changes_nothing(name: str, zero: int) -> None:
 @pytest.mark.parametrize("importance", ["row_max", "row_entropy"])
 def test_every_importance_is_right_when_heads_and_tokens_are_split(importance: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == "tp2+sp x ep2")
-    # At the default of 1e-8 Adam makes a whole step of a gradient that is nothing but rounding. With row_max one element
-    # of an attention projection gets such a gradient: its tensor then differs by 2.6e-5, with this eps by less than 1e-6.
+    # At the default of 1e-8 Adam makes a whole step of a gradient that is nothing but rounding. With row_max one
+    # element of an attention projection gets such a gradient, and its tensor then differs by 2.6e-5.
     changes = {"model__moe__router__importance": importance, "optimizer__eps": 1e-6}
     single, split = (
         run_distributed(train_all, at.world, [tiny_config(at, 1, **changes)])[0][0] for at in (SINGLE, layout)

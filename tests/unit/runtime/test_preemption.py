@@ -15,12 +15,15 @@ from moetrain.runtime.preemption import StopRequest, request_stop
 
 @pytest.fixture
 def stop(tmp_path: Path) -> Iterator[StopRequest]:
+    # A shell ignores interrupts in what it starts in the background, and a process inherits that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     request = StopRequest(tmp_path)
     request.install()
     yield request
     request.uninstall()
     assert before == {number: signal.getsignal(number) for number in before}
+    signal.signal(signal.SIGINT, inherited)
 
 
 def test_nothing_is_requested_at_first(stop: StopRequest) -> None:
