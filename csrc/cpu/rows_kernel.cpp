@@ -2,12 +2,7 @@
 
 #include <algorithm>
 
-// The loops below are bound by memory, so the compiler's own vectors do; the clone is chosen at load time.
-#if defined(__x86_64__)
-#define MOETRAIN_MULTI_ISA __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MOETRAIN_MULTI_ISA
-#endif
+#include "cpu/multi_isa.h"
 
 namespace moetrain {
 namespace {

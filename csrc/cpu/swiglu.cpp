@@ -1,13 +1,9 @@
 #include "cpu/swiglu.h"
 
+#include "cpu/multi_isa.h"
+
 namespace moetrain {
 namespace {
-
-#if defined(__x86_64__)
-#define MOETRAIN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MOETRAIN_CLONES
-#endif
 
 constexpr int kLanes = 16;
 
@@ -64,12 +60,12 @@ inline __attribute__((always_inline)) float swiglu_backward_row(const T* z, floa
   return sum;
 }
 
-MOETRAIN_CLONES void run(const float* z, int64_t width, float* hidden) { swiglu_row(z, width, hidden); }
-MOETRAIN_CLONES void run(const bf16* z, int64_t width, bf16* hidden) { swiglu_row(z, width, hidden); }
-MOETRAIN_CLONES float run_backward(const float* z, float weight, int64_t width, float* dh, float* dz) {
+MOETRAIN_MULTI_ISA void run(const float* z, int64_t width, float* hidden) { swiglu_row(z, width, hidden); }
+MOETRAIN_MULTI_ISA void run(const bf16* z, int64_t width, bf16* hidden) { swiglu_row(z, width, hidden); }
+MOETRAIN_MULTI_ISA float run_backward(const float* z, float weight, int64_t width, float* dh, float* dz) {
   return swiglu_backward_row(z, weight, width, dh, dz);
 }
-MOETRAIN_CLONES float run_backward(const bf16* z, float weight, int64_t width, bf16* dh, bf16* dz) {
+MOETRAIN_MULTI_ISA float run_backward(const bf16* z, float weight, int64_t width, bf16* dh, bf16* dz) {
   return swiglu_backward_row(z, weight, width, dh, dz);
 }
 

@@ -1,6 +1,6 @@
 """HyperMoE's generated experts, one weight set per distinct set of selected experts.
 
-Legend: T tokens, G sets, D hidden size, r bottleneck.
+Legend: T tokens, G sets, D hidden size, r bottleneck. No function here communicates.
 
 Source: the adapter of arXiv 2402.12656 and its official code (Bumble666/Hyper_MoE).
 """
