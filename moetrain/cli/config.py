@@ -12,7 +12,7 @@ from rich.table import Table
 from moetrain.cli.arguments import Words, split_words
 from moetrain.config.layout import ParallelLayout, check_layout, smallest_world
 from moetrain.config.loader import dump_yaml, fingerprint, json_schema, load_config
-from moetrain.config.schema import DAMoERouterConfig, ModelConfig, MoEConfig, RunConfig
+from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.moe.memory import dispatch_bound
 
@@ -110,13 +110,7 @@ def _model_line(model: ModelConfig) -> str:
 def _moe_line(moe: MoEConfig | None) -> str:
     if moe is None:
         return "none: every layer is dense"
-    router = moe.router
-    if not isinstance(router, DAMoERouterConfig):
-        choice = f"top {router.top_k}"
-    elif router.budget == "mean_k":
-        choice = f"by {router.importance}, {router.mean_k:g} on average, at most {moe.max_top_k}"
-    else:
-        choice = f"by {router.importance}, ceil(importance x {moe.num_experts}), at most {moe.max_top_k}"
+    choice = moe.router.describe(moe.num_experts)
     hyper = f"; hypernetwork expert of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
     return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
 

@@ -8,81 +8,15 @@ sections live in `rules.py`; rules that need the number of processes live in `la
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from moetrain.config.routers import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE, AnyRouter, TopKRouterConfig
 from moetrain.config.rules import section_problems
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-
-CAUSAL_IMPORTANCE = ("self_weight", "row_max", "row_entropy")
-NONCAUSAL_IMPORTANCE = ("col_max",)
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, and a key that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
-
+from moetrain.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 # --- model ----------------------------------------------------------------------------------------------------------
-
-
-class TopKRouterConfig(Section):
-    """Every token goes to the same number of experts (Switch, GShard)."""
-
-    type: Literal["top_k"] = "top_k"
-    top_k: PositiveInt = Field(default=2, description="experts per token")
-    gates: Literal["raw", "renormalized"] = Field(
-        default="raw",
-        description="weight of an expert: its softmax probability over all experts, or that probability divided by "
-        "the sum over the selected ones (which gives the router no task gradient at top_k = 1)",
-    )
-
-    @property
-    def max_top_k(self) -> int:
-        """The most experts that a token can get."""
-        return self.top_k
-
-
-class DAMoERouterConfig(Section):
-    """Attention gives each token an importance, and importance decides how many experts it gets (arXiv 2409.06669).
-
-    `budget: paper` is the paper's K = ceil(I * num_experts). `budget: mean_k` is K = ceil(alpha * I) with a per-layer
-    controller alpha that holds the mean K of a layer at `mean_k`, so that compute is fixed in advance.
-    """
-
-    type: Literal["da_moe"] = "da_moe"
-    importance: Literal["self_weight", "row_max", "row_entropy", "col_max"] = Field(
-        default="self_weight", description="attention statistic, averaged over heads; col_max looks at the future"
-    )
-    budget: Literal["mean_k", "paper"] = "mean_k"
-    mean_k: PositiveFloat = Field(default=2.0, description="target mean number of experts per token (budget: mean_k)")
-    min_k: PositiveInt = 1
-    max_k: PositiveInt | None = Field(
-        default=None, description="the most experts a token may get; default: num_experts"
-    )
-    controller_rate: PositiveFloat = Field(
-        default=0.3, description="step size of log(alpha) per relative error of mean K"
-    )
-    gates: Literal["raw", "renormalized"] = "raw"
-
-    @model_validator(mode="after")
-    def _budget_is_reachable(self) -> DAMoERouterConfig:
-        top = self.max_k if self.max_k is not None else float("inf")
-        if self.min_k > top:
-            raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
-        if self.budget == "mean_k" and not self.min_k <= self.mean_k <= top:
-            raise ValueError(f"mean_k ({self.mean_k}) must lie between min_k ({self.min_k}) and max_k ({self.max_k})")
-        return self
-
-
-RouterConfig = Annotated[TopKRouterConfig | DAMoERouterConfig, Field(discriminator="type")]
 
 
 class HyperConfig(Section):
@@ -133,7 +67,7 @@ class MoEConfig(Section):
         default=1,
         description="every n-th layer is MoE, counted so that the last of each n is one; or one 0/1 per layer",
     )
-    router: RouterConfig = Field(default_factory=TopKRouterConfig, description="who goes where; by `type`")
+    router: AnyRouter = Field(default_factory=TopKRouterConfig, description="who goes where; by `type`")
     hyper: HyperConfig | None = Field(default=None, description="the generated expert; absent: none")
     dispatch: DispatchConfig = Field(default_factory=DispatchConfig)
     aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss, per sequence")
@@ -141,30 +75,24 @@ class MoEConfig(Section):
 
     @model_validator(mode="after")
     def _router_fits_experts(self) -> MoEConfig:
-        router = self.router
-        if isinstance(router, TopKRouterConfig) and router.top_k > self.num_experts:
-            raise ValueError(f"router.top_k ({router.top_k}) must not exceed num_experts ({self.num_experts})")
-        if isinstance(router, DAMoERouterConfig):
-            for name in ("min_k", "max_k"):
-                value = getattr(router, name)
-                if value is not None and value > self.num_experts:
-                    raise ValueError(f"router.{name} ({value}) must not exceed num_experts ({self.num_experts})")
-            if router.budget == "mean_k" and router.mean_k > self.num_experts:
-                raise ValueError(f"router.mean_k ({router.mean_k}) must not exceed num_experts ({self.num_experts})")
+        if problems := self.router.problems(self.num_experts):
+            raise ValueError("\n".join(problems))
         return self
-
-    @property
-    def max_top_k(self) -> int:
-        """The most experts that a token of this model can get."""
-        if isinstance(self.router, DAMoERouterConfig):
-            return self.router.max_k or self.num_experts
-        return self.router.top_k
 
     @property
     def selectable(self) -> range:
         """The numbers of experts that a token of this model may get."""
-        low = self.router.min_k if isinstance(self.router, DAMoERouterConfig) else self.router.top_k
-        return range(low, self.max_top_k + 1)
+        return self.router.selectable(self.num_experts)
+
+    @property
+    def max_top_k(self) -> int:
+        """The most experts that a token of this model can get."""
+        return self.selectable[-1]
+
+    @property
+    def expected_mean_k(self) -> float:
+        """Mean number of experts per token, or its upper bound where only training can tell."""
+        return self.router.expected_mean_k(self.num_experts)
 
 
 class ModelConfig(Section):
@@ -229,10 +157,10 @@ class ModelConfig(Section):
                 raise ValueError(f"moe.layer_freq has {len(freq)} entries; num_layers is {self.num_layers}")
             if not any(self.is_moe_layer(i) for i in range(self.num_layers)):
                 raise ValueError(f"moe.layer_freq ({freq}) makes none of the {self.num_layers} layers a MoE layer")
-            router = self.moe.router
-            if isinstance(router, DAMoERouterConfig) and router.importance in NONCAUSAL_IMPORTANCE:
+            measure = self.moe.router.attention_measure
+            if measure in NONCAUSAL_IMPORTANCE:
                 raise ValueError(
-                    f"moe.router.importance ({router.importance}) looks at later tokens, so in a causal model the "
+                    f"moe.router.importance ({measure}) looks at later tokens, so in a causal model the "
                     f"routing of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
                 )
         return self

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moetrain.config.schema import DAMoERouterConfig, HyperConfig, ModelConfig, MoEConfig
+from moetrain.config.schema import HyperConfig, ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,8 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
     total = sum(parts.values())
     idle = 0
     if model.moe is not None:
-        idle = round(parts["expert"] * (1 - expected_mean_k(model.moe) / model.moe.num_experts))
+        idle = round(parts["expert"] * (1 - model.moe.expected_mean_k / model.moe.num_experts))
     return ParameterCount(total=total, active_per_token=total - idle, **parts)
-
-
-def expected_mean_k(moe: MoEConfig) -> float:
-    """Mean number of experts per token, or its upper bound where only training can tell."""
-    router = moe.router
-    if isinstance(router, DAMoERouterConfig):
-        return router.mean_k if router.budget == "mean_k" else float(moe.max_top_k)
-    return float(router.top_k)
 
 
 def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -77,7 +69,7 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
 
     Counted: matrix products, 2 per multiply-add, with causal attention's scores and values at the mean visible length
     seq_length / 2. Not counted: norms, softmax, rotary positions, activation recompute, the optimizer. `mean_k` is the
-    mean number of experts per token (default: `expected_mean_k`).
+    mean number of experts per token (default: `MoEConfig.expected_mean_k`).
 
     HyperMoE is counted in its grouped form in the limit of many tokens per selected set: each token pays for its two
     bottleneck products (4 * d * r); generating the matrices is paid once per distinct set and is left out. That is the
@@ -94,7 +86,7 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
         if moe is None:
             forward += dense_mlp
             continue
-        k = expected_mean_k(moe) if mean_k is None else mean_k
+        k = moe.expected_mean_k if mean_k is None else mean_k
         forward += 2 * d * moe.num_experts + k * 6 * d * moe.ffn_hidden_size
         if moe.hyper is not None:
             forward += 4 * d * moe.hyper.bottleneck

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from moetrain.config.schema import DAMoERouterConfig, MoEConfig, RunConfig, TopKRouterConfig
+from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
 from moetrain.config.schema import ModelConfig as OurConfig
+from moetrain.config.schema import MoEConfig, RunConfig
 from moetrain.convert.hf_modeling.configuration_moetrain import MoetrainConfig
 from moetrain.errors import ConversionError
 
@@ -46,15 +47,20 @@ def _moe_settings(moe: MoEConfig) -> dict:
         "num_experts": moe.num_experts,
         "moe_intermediate_size": moe.ffn_hidden_size,
         "router_type": moe.router.type,
-        "router_gates": moe.router.gates,
         "hyper": moe.hyper.model_dump(include=set(HYPER_FIELDS)) if moe.hyper is not None else None,
     }
     match moe.router:
         case TopKRouterConfig() as router:
-            return settings | {"num_experts_per_tok": router.top_k}
+            return settings | {"router_gates": router.gates, "num_experts_per_tok": router.top_k}
         case DAMoERouterConfig() as router:
             names = ("importance", "budget", "min_k")
+            settings |= {"router_gates": router.gates}
             return settings | {name: getattr(router, name) for name in names} | {"max_k": moe.max_top_k}
+        case router:
+            raise ConversionError(
+                f"model.moe.router.type ({router.type}): the exported modelling code has no such router; "
+                "it has: top_k, da_moe"
+            )
 
 
 def run_config(config: dict) -> RunConfig:

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from moetrain.config.schema import DAMoERouterConfig, ModelConfig
+from moetrain.config.routers import DAMoERouterConfig
+from moetrain.config.schema import ModelConfig
 from moetrain.errors import ConversionError
 
 Shape = tuple[int, ...]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetrain.config.schema import DAMoERouterConfig, ModelConfig, RunConfig
+from moetrain.config.routers import DAMoERouterConfig
+from moetrain.config.schema import ModelConfig, RunConfig
 
 _TEMPLATE = """\
 ---
@@ -93,7 +94,7 @@ def _summary(model: ModelConfig) -> str:
             f"{mean}, from its {router.importance} in the layer's attention."
         )
     else:
-        routing = f"Every token gets {router.top_k} experts."
+        routing = f"Experts of a token: {router.describe(moe.num_experts)}."
     hyper = (
         " A shared hypernetwork adds an expert generated from the unselected ones (HyperMoE, arXiv 2402.12656)."
         if moe.hyper is not None

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from moetrain.config.schema import DAMoERouterConfig, ModelConfig, ParallelConfig
+from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
 from moetrain.moe.dispatcher import TokenDispatcher
@@ -129,8 +129,7 @@ def _layer_spec(
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
         assert model.moe is not None
-        router = model.moe.router
-        measure = router.importance if isinstance(router, DAMoERouterConfig) else None
+        measure = model.moe.router.attention_measure
         params = {
             "moe": model.moe,
             "groups": groups,

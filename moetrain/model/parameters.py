@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
-from moetrain.moe.routing import BudgetedCount
+from moetrain.moe.routing import Router
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo
 
@@ -27,12 +27,13 @@ def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parame
             yield _global_name(chunk, name), parameter
 
 
-def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, BudgetedCount]]:
-    """Mean-K controllers of this rank under the name of their state, `decoder.layers.<i>.mlp.router.log_alpha`."""
+def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, Tensor]]:
+    """Live tensors of this rank's router controllers, by global name: `decoder.layers.<i>.mlp.router.log_alpha`."""
     for chunk in chunks:
         for name, module in chunk.named_modules():
-            if isinstance(module, BudgetedCount):
-                yield _global_name(chunk, name.removesuffix(".count") + ".log_alpha"), module
+            if isinstance(module, Router):
+                for controller, value in module.controllers():
+                    yield _global_name(chunk, f"{name}.{controller}"), value
 
 
 def describe_parameters(

@@ -44,7 +44,7 @@ def megatron_logits(reader: WeightSource, tokens: Tensor) -> Tensor:
         for name, parameter in named_parameters([decoder]):
             parameter.copy_(reader.read(f"weight.{name}"))
         for name, controller in named_controllers([decoder]):
-            controller.log_alpha.copy_(reader.read(f"controller.{name}"))
+            controller.copy_(reader.read(f"controller.{name}"))
         decoder.eval()
         positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
         return decoder(tokens, positions, None)

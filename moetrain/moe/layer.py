@@ -19,7 +19,7 @@ from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.hyper import HyperExperts, HyperNetwork
 from moetrain.moe.losses import load_balance_loss, router_z_loss
-from moetrain.moe.routing import Router, RoutingDecision
+from moetrain.moe.routing import RoutingContext, RoutingDecision, build_router
 from moetrain.moe.telemetry import RouterTelemetry
 from moetrain.runtime.groups import ParallelGroups
 
@@ -48,14 +48,14 @@ class MoELayer(nn.Module):
         self.moe, self.groups, self.layer, self.dispatcher = moe, groups, layer, dispatcher
         self.sequence_parallel = config.sequence_parallel
         self.recompute = config.recompute_granularity == "full"
-        self.router = Router(moe, config.hidden_size, dtype)
+        self.router = build_router(moe, config.hidden_size, dtype, layer)
         self.experts = GroupedExperts(
             moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
         )
         self.hyper = HyperExperts(moe.hyper, moe.num_experts, moe.selectable, layer, dtype) if moe.hyper else None
         # In a tuple, because the hypernetwork belongs to the model and must not be registered once per layer.
         self._hypernetwork = (hypernetwork,)
-        self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k)
+        self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics)
 
     def forward(self, x_SBD: Tensor, importance_SB: Tensor | None) -> Tensor:
         """[S, B, D] -> [S, B, D].
@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
         if scatter:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
-        decision = self.router(x_TD, self._local_importance(importance_SB, x_SBD.shape[0]))
+        decision = self.router(x_TD, self._context(x_SBD.shape, importance_SB))
         dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
         # Work of the tokens' home rank, while their rows travel.
         hyper_TD = self._hyper_expert(x_TD, decision)
@@ -84,6 +84,7 @@ class MoELayer(nn.Module):
                 self.telemetry.add(
                     dispatch.plan.tokens_per_expert_E,
                     decision.num_selected_T,
+                    decision.statistics,
                     balance,
                     z_loss,
                     experts_TD,
@@ -91,6 +92,8 @@ class MoELayer(nn.Module):
                     sequences=x_SBD.shape[1],
                 )
             auxiliary = self.moe.aux_loss_coeff * balance + self.moe.z_loss_coeff * z_loss
+            if decision.loss is not None:
+                auxiliary = auxiliary + decision.loss
             output_TD = MoEAuxLossAutoScaler.apply(output_TD, auxiliary)
         output_SBD = output_TD.view(x_SBD.shape)
         if scatter:
@@ -104,11 +107,19 @@ class MoELayer(nn.Module):
         assert network is not None
         return self.hyper(x_TD, decision.expert_ids_TK, network)
 
-    def _local_importance(self, importance_SB: Tensor | None, local_length: int) -> Tensor | None:
-        if importance_SB is None:
-            return None
+    def _context(self, shape_SBD: torch.Size, importance_SB: Tensor | None) -> RoutingContext:
+        """Of this rank's part of the sequences."""
+        local_length, sequences, _ = shape_SBD
         start = self.groups.coordinates.tensor * local_length
-        return importance_SB[start : start + local_length].reshape(-1)
+        if importance_SB is not None:
+            importance_SB = importance_SB[start : start + local_length].reshape(-1)
+        return RoutingContext(
+            local_length=local_length,
+            sequences=sequences,
+            length=local_length * self.groups.tensor.size(),
+            start=start,
+            importance_T=importance_SB,
+        )
 
     def _losses(self, decision: RoutingDecision, shape_SB: torch.Size) -> tuple[Tensor, Tensor]:
         length = shape_SB[0] * self.groups.tensor.size()

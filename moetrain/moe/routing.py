@@ -1,18 +1,48 @@
-"""What a router decides, and the routers.
+"""What a router is given, what it decides, and what it must promise. The routers stand in `routers/`, one to a file.
 
-Legend: T tokens of this rank, D hidden size, E experts (global), K the most experts that a token can get.
+Legend: S sequence positions of this rank, B sequences of the micro-batch, T = S * B tokens of this rank in the order
+of [S, B], D hidden size, E experts (global), K the most experts that a token can get.
 """
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import DAMoERouterConfig, MoEConfig, TopKRouterConfig
+from moetrain.config.schema import MoEConfig
+from moetrain.moe.telemetry import RouterCounts
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What a router may know of the tokens besides their hidden states.
+
+    Attributes:
+        local_length, sequences: S and B.
+        length: positions of a whole sequence, over all the tensor ranks that share it.
+        start: position in the sequence of this rank's first token.
+        importance_T: fp32, the statistic that the router's settings asked for as `attention_measure`; else None.
+    """
+
+    local_length: int
+    sequences: int
+    length: int
+    start: int
+    importance_T: Tensor | None
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each token in its sequence, int64 [T]."""
+        here_S = torch.arange(self.start, self.start + self.local_length, device=device)
+        return here_S.repeat_interleave(self.sequences)
+
+    def mean_part(self, values_T: Tensor) -> Tensor:
+        """This rank's part of the mean over the micro-batch's tokens: the parts sum to it over the tensor ranks."""
+        return values_T.sum() / (self.sequences * self.length)
 
 
 @dataclass(frozen=True)
@@ -22,9 +52,14 @@ class RoutingDecision:
     Attributes:
         expert_ids_TK: int64; best expert first, -1 for an unused slot.
         weights_TK: fp32, differentiable; 0 in an unused slot.
-        probs_TE: fp32 softmax over all experts, differentiable; what the balance loss sees.
+        probs_TE: fp32, differentiable, rows that sum to one; what the balance loss sees.
         logits_TE: fp32, differentiable; what the z-loss sees.
         num_selected_T: int64, K of each token.
+        statistics: fp64 [num_statistics of the settings], sums over this rank's tokens of whatever the router's
+            controllers live by, or None. They come back summed over the global batch in `Router.update`; let them be
+            integers, so that the sum does not depend on the layout.
+        loss: scalar, differentiable, with its coefficient: a loss of the router's own, or None. It is this rank's
+            part, as `RoutingContext.mean_part` gives it.
     """
 
     expert_ids_TK: Tensor
@@ -32,112 +67,58 @@ class RoutingDecision:
     probs_TE: Tensor
     logits_TE: Tensor
     num_selected_T: Tensor
+    statistics: Tensor | None = None
+    loss: Tensor | None = None
 
 
-class ExpertCount(Protocol):
-    """How many experts each token gets. `importance_T` is fp32 in [0, 1], or None where the router needs none."""
+class Router(nn.Module, ABC):
+    """A linear gate, and the choice of experts that a subclass makes of its scores.
 
-    needs_importance: bool
-
-    def __call__(self, probs_TE: Tensor, importance_T: Tensor | None) -> Tensor:
-        """int64 [T], each between 1 and K."""
-        ...
-
-
-class FixedCount(nn.Module):
-    """The same K for every token."""
-
-    needs_importance = False
-
-    def __init__(self, top_k: int) -> None:
-        super().__init__()
-        self.top_k = top_k
-
-    def forward(self, probs_TE: Tensor, importance_T: Tensor | None) -> Tensor:
-        return torch.full((probs_TE.shape[0],), self.top_k, dtype=torch.int64, device=probs_TE.device)
-
-
-class PaperCount(nn.Module):
-    """DA-MoE's K = ceil(I * E), clamped (arXiv 2409.06669). The mean K is whatever attention's sharpness makes it."""
-
-    needs_importance = True
-
-    def __init__(self, config: DAMoERouterConfig, num_experts: int, max_k: int) -> None:
-        super().__init__()
-        self.scale, self.min_k, self.max_k = num_experts, config.min_k, max_k
-
-    def forward(self, probs_TE: Tensor, importance_T: Tensor | None) -> Tensor:
-        assert importance_T is not None
-        return torch.ceil(importance_T * self.scale).to(torch.int64).clamp_(self.min_k, self.max_k)
-
-
-class BudgetedCount(nn.Module):
-    """DA-MoE with a budget: K = ceil(alpha * I), clamped, where alpha holds the layer's mean K at a target.
-
-    `log_alpha` is a controller, not a parameter: it moves once per optimizer step by the relative error of the mean K
-    over the whole global batch (integer counts, so every layout computes the same number), is checkpointed, and stands
-    still in evaluation. It starts where an importance of one half would give the target.
+    What every router promises (`moetrain.testing.check_router` holds it to that): 1 to K experts for every token, none
+    twice; no token is a legal batch; a gradient reaches the gate; what a token gets depends on the token and on what
+    the context says of it alone, so that neither its neighbours nor its future changes a bit of it; controllers stand
+    still except in `update`.
     """
 
-    needs_importance = True
-    log_alpha: Tensor
-
-    def __init__(self, config: DAMoERouterConfig, max_k: int) -> None:
+    def __init__(self, moe: MoEConfig, hidden_size: int, dtype: torch.dtype, layer: int) -> None:
+        """`layer` is the 0-based global number. Parameters are filled by `moetrain.model.parameters.initialize`."""
         super().__init__()
-        self.mean_k, self.rate = config.mean_k, config.controller_rate
-        self.min_k, self.max_k = config.min_k, max_k
-        self.register_buffer("log_alpha", torch.tensor(math.log(2.0 * config.mean_k), dtype=torch.float32))
+        self.num_experts, self.max_k, self.layer = moe.num_experts, moe.max_top_k, layer
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=dtype))
+        self._controllers: list[str] = []
 
-    def forward(self, probs_TE: Tensor, importance_T: Tensor | None) -> Tensor:
-        assert importance_T is not None
-        scaled_T = importance_T * self.log_alpha.exp()
-        return torch.ceil(scaled_T).to(torch.int64).clamp_(self.min_k, self.max_k)
+    @abstractmethod
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """Choose experts for this rank's tokens."""
 
-    def update(self, mean_k: float) -> None:
-        """One controller step from the measured mean K of the global batch."""
-        self.log_alpha.add_(self.rate * (self.mean_k - mean_k) / self.mean_k)
+    def update(self, counts: RouterCounts) -> None:
+        """Move the controllers, once per optimizer step, by the counts of the whole global batch."""
 
+    def add_controller(self, name: str, value: Tensor) -> None:
+        """State that belongs to the training but not to the optimizer: fp32, the same on all ranks, checkpointed."""
+        assert value.dtype == torch.float32
+        self.register_buffer(name, value, persistent=False)
+        self._controllers.append(name)
 
-class Router(nn.Module):
-    """Linear gate in fp32, softmax over all experts, the best K_t experts of each token.
+    def controllers(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and live tensor of every controller."""
+        for name in self._controllers:
+            yield name, self.get_buffer(name)
 
-    Logits are computed in fp32 whatever the model's dtype, because near-ties decide which expert runs.
-    """
-
-    def __init__(self, config: MoEConfig, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.max_k = config.max_top_k
-        self.renormalize = config.router.gates == "renormalized"
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype))
-        self.count = _count_of(config)
-
-    @property
-    def needs_importance(self) -> bool:
-        """Whether `forward` wants the tokens' importance."""
-        return self.count.needs_importance
-
-    def forward(self, x_TD: Tensor, importance_T: Tensor | None) -> RoutingDecision:
-        logits_TE = x_TD.float() @ self.weight.float().t()
-        probs_TE = logits_TE.softmax(dim=-1)
-        num_selected_T = self.count(probs_TE.detach(), importance_T)
-        top_TK, ids_TK = probs_TE.topk(self.max_k, dim=-1)
-        used_TK = torch.arange(self.max_k, device=x_TD.device) < num_selected_T[:, None]
-        weights_TK = torch.where(used_TK, top_TK, 0.0)
-        if self.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return RoutingDecision(
-            expert_ids_TK=torch.where(used_TK, ids_TK, -1),
-            weights_TK=weights_TK,
-            probs_TE=probs_TE,
-            logits_TE=logits_TE,
-            num_selected_T=num_selected_T,
-        )
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs."""
+        return x_TD.float() @ self.weight.float().t()
 
 
-def _count_of(config: MoEConfig) -> FixedCount | PaperCount | BudgetedCount:
-    router = config.router
-    if isinstance(router, TopKRouterConfig):
-        return FixedCount(router.top_k)
-    if router.budget == "paper":
-        return PaperCount(router, config.num_experts, config.max_top_k)
-    return BudgetedCount(router, config.max_top_k)
+def take_best(order_TE: Tensor, values_TE: Tensor, num_selected_T: Tensor, max_k: int) -> tuple[Tensor, Tensor]:
+    """The `num_selected_T` experts of each token with the highest `order_TE`: their ids (-1 in unused slots) and their
+    `values_TE` (0 there), both [T, K]."""
+    ids_TK = order_TE.topk(max_k, dim=-1).indices
+    used_TK = torch.arange(max_k, device=order_TE.device) < num_selected_T[:, None]
+    return torch.where(used_TK, ids_TK, -1), torch.where(used_TK, values_TE.gather(1, ids_TK), 0.0)
+
+
+def build_router(moe: MoEConfig, hidden_size: int, dtype: torch.dtype, layer: int) -> Router:
+    """The router that the settings name."""
+    module, _, name = moe.router.implementation.partition(":")
+    return getattr(import_module(module), name)(moe, hidden_size, dtype, layer)

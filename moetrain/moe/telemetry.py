@@ -22,6 +22,7 @@ class RouterCounts:
         tokens_per_expert: assignments of each expert.
         k_histogram: tokens that got 0, 1, ... K experts.
         load_balance, z_loss: mean auxiliary losses of a micro-batch, before their coefficients.
+        statistics: what the router counted besides (`RoutingDecision.statistics`).
         hyper_norm_ratio: |hyper-expert output| / |experts' output| as root mean squares; None without HyperMoE.
     """
 
@@ -29,6 +30,7 @@ class RouterCounts:
     k_histogram: list[int]
     load_balance: float
     z_loss: float
+    statistics: list[float]
     hyper_norm_ratio: float | None
 
     @property
@@ -42,15 +44,16 @@ class RouterTelemetry:
 
     _SCALARS = ("load_balance", "z_loss", "expert_square", "hyper_square", "sequences")
 
-    def __init__(self, num_experts: int, max_k: int) -> None:
-        self.num_experts, self.max_k = num_experts, max_k
-        self.size = num_experts + max_k + 1 + len(self._SCALARS)
+    def __init__(self, num_experts: int, max_k: int, num_statistics: int) -> None:
+        self.num_experts, self.max_k, self.num_statistics = num_experts, max_k, num_statistics
+        self.size = num_experts + max_k + 1 + num_statistics + len(self._SCALARS)
         self.values: Tensor | None = None
 
     def add(
         self,
         tokens_per_expert_E: Tensor,
         num_selected_T: Tensor,
+        statistics: Tensor | None,
         load_balance: Tensor,
         z_loss: Tensor,
         expert_output: Tensor,
@@ -70,8 +73,16 @@ class RouterTelemetry:
         )
         # bincount is not deterministic on CUDA with weights; without weights it is.
         histogram = torch.bincount(num_selected_T, minlength=self.max_k + 1)
+        if statistics is None:
+            statistics = self.values.new_zeros(0)
+        assert statistics.shape == (self.num_statistics,)
         self.values += torch.cat(
-            [tokens_per_expert_E.double(), histogram.double(), torch.stack([s.double() for s in scalars])]
+            [
+                tokens_per_expert_E.double(),
+                histogram.double(),
+                statistics.double(),
+                torch.stack([s.double() for s in scalars]),
+            ]
         )
 
     def take(self, device: torch.device) -> Tensor:
@@ -86,13 +97,15 @@ class RouterTelemetry:
         """
         numbers = values.tolist()
         e, k = self.num_experts, self.max_k + 1
-        balance, z_loss, expert_square, hyper_square, sequences = numbers[e + k :]
+        n = e + k + self.num_statistics
+        balance, z_loss, expert_square, hyper_square, sequences = numbers[n:]
         per_sequence = tensor_ranks / max(sequences, 1.0)
         ratio = (hyper_square / expert_square) ** 0.5 if has_hyper and expert_square > 0 else None
         return RouterCounts(
-            tokens_per_expert=[int(n) for n in numbers[:e]],
-            k_histogram=[int(n) for n in numbers[e : e + k]],
+            tokens_per_expert=[int(count) for count in numbers[:e]],
+            k_histogram=[int(count) for count in numbers[e : e + k]],
             load_balance=balance * per_sequence,
             z_loss=z_loss * per_sequence,
+            statistics=numbers[e + k : n],
             hyper_norm_ratio=ratio,
         )

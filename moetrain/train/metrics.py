@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,8 +51,8 @@ class RouterStats:
     """number of tokens with 0, 1, ... K_max experts"""
     mean_k: float
     """experts per token"""
-    log_alpha: float | None = None
-    """the mean-K controller's state, where there is one"""
+    controllers: Mapping[str, float] = field(default_factory=dict)
+    """the router's scalar controllers by name, such as `log_alpha`"""
     hyper_norm_ratio: float | None = None
     """rms of the hyper-expert's output over rms of the experts' output, where there is one"""
 
@@ -67,7 +67,7 @@ class RouterStats:
         layer: int,
         tokens_per_expert: Sequence[float],
         k_histogram: Sequence[int],
-        log_alpha: float | None = None,
+        controllers: Mapping[str, float] | None = None,
         hyper_norm_ratio: float | None = None,
     ) -> RouterStats:
         """From the two counts that ranks can simply add up. A layer that saw no token has an all-zero load."""
@@ -81,7 +81,7 @@ class RouterStats:
             entropy=-sum(p * math.log(p) for p in load if p > 0),
             k_histogram=list(k_histogram),
             mean_k=sum(k * n for k, n in enumerate(k_histogram)) / tokens if tokens else 0.0,
-            log_alpha=log_alpha,
+            controllers=controllers or {},
             hyper_norm_ratio=hyper_norm_ratio,
         )
 
@@ -276,7 +276,7 @@ def flatten(report: StepReport | EvalReport) -> dict[str, float]:
         flat[f"{at}/entropy"] = stats.entropy
         flat[f"{at}/max_entropy"] = stats.max_entropy
         flat[f"{at}/mean_k"] = stats.mean_k
-        flat[f"{at}/log_alpha"] = stats.log_alpha
+        flat |= {f"{at}/{name}": value for name, value in stats.controllers.items()}
         flat[f"{at}/hyper_norm_ratio"] = stats.hyper_norm_ratio
     return _known(flat)
 

@@ -38,7 +38,7 @@ def collect_pieces(step: TrainStep) -> Iterator[Piece]:
     at = step.groups.coordinates
     if at.tensor == 0 and at.data == 0:
         for name, controller in named_controllers(step.chunks):
-            yield Piece.whole(_CONTROLLER + name, controller.log_alpha)
+            yield Piece.whole(_CONTROLLER + name, controller)
     yield rng_piece(dist.get_rank(), _rng_state())
 
 
@@ -57,7 +57,7 @@ def restore(step: TrainStep, reader: CheckpointReader, layout: dict[str, Any], l
         fill_from(reader, shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start)
     step.optimizer.finish_load(steps)
     for name, controller in named_controllers(step.chunks):
-        controller.log_alpha.copy_(reader.read(_CONTROLLER + name))
+        controller.copy_(reader.read(_CONTROLLER + name))
     if reader.layout == layout:
         state = read_rng(reader, dist.get_rank())
         if state is None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from moetrain.config.schema import RunConfig
 from moetrain.model.decoder import Decoder
-from moetrain.model.parameters import named_controllers
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.telemetry import RouterCounts, RouterTelemetry
 from moetrain.optim.zero import ZeroOptimizer
@@ -36,14 +35,14 @@ class StepOutcome:
         grad_norm: global norm before clipping.
         skipped: the update was dropped because a gradient was not finite.
         router: counts of every MoE layer of the whole model, by 0-based global layer number.
-        log_alpha: state of every mean-K controller of the whole model during this step, by layer number.
+        controllers: the routers' scalar controllers of the whole model during this step, by name, by layer number.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
     router: dict[int, RouterCounts]
-    log_alpha: dict[int, float]
+    controllers: dict[int, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class _Sums:
 
     loss: float
     router: dict[int, RouterCounts]
-    log_alpha: dict[int, float]
+    controllers: dict[int, dict[str, float]]
 
 
 class TrainStep:
@@ -74,10 +73,9 @@ class TrainStep:
         self._moe_layers = {m.layer: m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer)}
         self._all_moe_layers = [i for i in range(config.model.num_layers) if config.model.is_moe_layer(i)]
         moe = config.model.moe
-        self._codec = RouterTelemetry(moe.num_experts, moe.max_top_k) if moe else None
+        self._codec = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics) if moe else None
         self._has_hyper = moe is not None and moe.hyper is not None
-        self._has_controllers = moe is not None and moe.router.type == "da_moe" and moe.router.budget == "mean_k"
-        self._controllers = {int(name.split(".")[2]): c for name, c in named_controllers(chunks)}
+        self._reported = moe.router.reported if moe else ()
 
     def run(self, microbatches: Sequence[MicroBatch], lr: float) -> StepOutcome:
         """Train on this data-parallel rank's share of a global batch. Collective over the world."""
@@ -88,9 +86,9 @@ class TrainStep:
         result = self.optimizer.step(lr)
         sums = self._reduce(losses, len(microbatches))
         if not result.skipped:
-            for layer, controller in self._controllers.items():
-                controller.update(sums.router[layer].mean_k)
-        return StepOutcome(sums.loss, result.grad_norm, result.skipped, sums.router, sums.log_alpha)
+            for layer, moe_layer in self._moe_layers.items():
+                moe_layer.router.update(sums.router[layer])
+        return StepOutcome(sums.loss, result.grad_norm, result.skipped, sums.router, sums.controllers)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[MicroBatch]) -> float:
@@ -125,25 +123,27 @@ class TrainStep:
     def _reduce(self, losses: list[dict[str, Tensor]], num_microbatches: int) -> _Sums:
         """The mean loss, every layer's counts and every controller's state, through one all-reduce over the world."""
         at, layout = self.groups.coordinates, self.groups.layout
-        head = torch.zeros(1 + len(self._all_moe_layers), dtype=torch.float64, device=self.device)
+        shown = [(layer, name) for layer in self._all_moe_layers for name in self._reported]
+        head = torch.zeros(1 + len(shown), dtype=torch.float64, device=self.device)
         if at.tensor == 0:
             head[0] = sum((entry["loss"].double() for entry in losses), start=head[0])
         if at.tensor == 0 and at.data == 0:
-            for slot, layer in enumerate(self._all_moe_layers, start=1):
-                if layer in self._controllers:
-                    head[slot] = self._controllers[layer].log_alpha.double()
+            for slot, (layer, name) in enumerate(shown, start=1):
+                if layer in self._moe_layers:
+                    head[slot] = self._moe_layers[layer].router.get_buffer(name)
         packed = torch.cat([head, *(self._take_telemetry(layer) for layer in self._all_moe_layers)])
         dist.all_reduce(packed, group=self.groups.world)
-        router, log_alpha = {}, {}
+        router: dict[int, RouterCounts] = {}
         if self._codec is not None:
             counts = packed[len(head) :].split(self._codec.size)
             router = {
                 layer: self._codec.decode(row, layout.tensor, self._has_hyper)
                 for layer, row in zip(self._all_moe_layers, counts, strict=True)
             }
-        if self._has_controllers:
-            log_alpha = dict(zip(self._all_moe_layers, packed[1 : len(head)].tolist(), strict=True))
-        return _Sums(packed[0].item() / (num_microbatches * layout.data), router, log_alpha)
+        controllers: dict[int, dict[str, float]] = {layer: {} for layer in self._all_moe_layers}
+        for (layer, name), value in zip(shown, packed[1 : len(head)].tolist(), strict=True):
+            controllers[layer][name] = value
+        return _Sums(packed[0].item() / (num_microbatches * layout.data), router, controllers)
 
     def _take_telemetry(self, layer: int) -> Tensor:
         """The layer's accumulated vector, or zeros where another pipeline stage holds the layer."""

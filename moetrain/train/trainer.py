@@ -135,7 +135,7 @@ class Trainer:
             layer=layer,
             tokens_per_expert=counts.tokens_per_expert,
             k_histogram=counts.k_histogram,
-            log_alpha=outcome.log_alpha.get(layer),
+            controllers=outcome.controllers[layer],
             hyper_norm_ratio=counts.hyper_norm_ratio,
         )
 

@@ -61,7 +61,7 @@ class Trajectory:
     losses: list[float]
     norms: list[float]
     weights: dict[str, torch.Tensor]
-    controllers: dict[str, float]
+    controllers: dict[str, Any]
 
 
 def tiny_config(layout: Layout, zero: int = 1, tied: bool = False, **changes: object) -> RunConfig:
@@ -202,9 +202,9 @@ def whole_weights(step: TrainStep, check_copies: bool = True) -> dict[str, torch
     return whole
 
 
-def whole_controllers(step: TrainStep) -> dict[str, float]:
+def whole_controllers(step: TrainStep) -> dict[str, Any]:
     """The controllers' states of all stages."""
-    mine = {name: float(c.log_alpha) for name, c in named_controllers(step.chunks)}
+    mine = {name: c.tolist() for name, c in named_controllers(step.chunks)}
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {name: value for entry in everyone for name, value in entry.items()}

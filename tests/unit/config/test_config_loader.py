@@ -20,7 +20,8 @@ from moetrain.config.loader import (
     load_config,
 )
 from moetrain.config.registry import FAMILIAR_NAMES, edit_distance, nearest_setting, setting_paths, variant_paths
-from moetrain.config.schema import DAMoERouterConfig, RunConfig, TopKRouterConfig
+from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
+from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError
 
 Write = Callable[..., Path]

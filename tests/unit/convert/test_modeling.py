@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.config.schema import DAMoERouterConfig, ModelConfig, MoEConfig
+from moetrain.config.routers import DAMoERouterConfig
+from moetrain.config.schema import ModelConfig, MoEConfig
 
 Weights = dict[str, Tensor]
 

@@ -9,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config.schema import DAMoERouterConfig, MoEConfig, TopKRouterConfig
-from moetrain.moe.routing import BudgetedCount, Router, RoutingDecision
+from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
+from moetrain.config.schema import MoEConfig
+from moetrain.moe.routers.da_moe import DAMoERouter
+from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, build_router
+from moetrain.moe.telemetry import RouterCounts
 
 D, E = 6, 8
 
 
 def router(config: TopKRouterConfig | DAMoERouterConfig) -> Router:
-    layer = Router(MoEConfig(num_experts=E, ffn_hidden_size=4, router=config), D, torch.float32)
+    layer = build_router(MoEConfig(num_experts=E, ffn_hidden_size=4, router=config), D, torch.float32, layer=0)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(0)))
     return layer
@@ -24,7 +27,13 @@ def router(config: TopKRouterConfig | DAMoERouterConfig) -> Router:
 
 def route(config: TopKRouterConfig | DAMoERouterConfig, importance: torch.Tensor | None) -> RoutingDecision:
     tokens = 32 if importance is None else len(importance)
-    return router(config)(torch.randn(tokens, D, generator=torch.Generator().manual_seed(1)), importance)
+    return router(config)(
+        torch.randn(tokens, D, generator=torch.Generator().manual_seed(1)), context(importance, tokens)
+    )
+
+
+def context(importance: torch.Tensor | None, tokens: int) -> RoutingContext:
+    return RoutingContext(local_length=tokens, sequences=1, length=tokens, start=0, importance_T=importance)
 
 
 @pytest.mark.parametrize("gates", ["raw", "renormalized"])
@@ -61,14 +70,15 @@ def test_the_papers_count_is_the_ceiling_of_importance_times_experts(values, min
 
 
 def test_the_controller_brings_the_mean_to_its_budget_and_holds_it() -> None:
-    count = BudgetedCount(DAMoERouterConfig(mean_k=2.5), max_k=E)
+    controlled = router(DAMoERouterConfig(mean_k=2.5))
+    assert isinstance(controlled, DAMoERouter)
     generator = torch.Generator().manual_seed(0)
     means = []
     for _ in range(200):
         importance = torch.rand(512, generator=generator) ** 3
-        mean_k = count(torch.empty(512, E), importance).double().mean().item()
-        count.update(mean_k)
-        means.append(mean_k)
+        counts = RouterCounts([], torch.bincount(controlled.count(importance)).tolist(), 0.0, 0.0, [], None)
+        controlled.update(counts)
+        means.append(counts.mean_k)
     assert abs(sum(means[100:]) / 100 - 2.5) < 0.025
     assert abs(means[0] - 2.5) > 0.025
 
@@ -76,7 +86,7 @@ def test_the_controller_brings_the_mean_to_its_budget_and_holds_it() -> None:
 def test_renormalized_gates_of_one_expert_give_the_router_no_gradient_and_raw_ones_do() -> None:
     for gates, zero in (("renormalized", True), ("raw", False)):
         layer = router(TopKRouterConfig(top_k=1, gates=gates))
-        decision = layer(torch.randn(16, D, generator=torch.Generator().manual_seed(2)), None)
+        decision = layer(torch.randn(16, D, generator=torch.Generator().manual_seed(2)), context(None, 16))
         decision.weights_TK.square().sum().backward()
         assert layer.weight.grad is not None
         assert (layer.weight.grad.abs().max().item() < 1e-6) == zero

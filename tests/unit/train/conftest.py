@@ -44,7 +44,7 @@ def report():
     """Makes the report of one step."""
 
     def make(iteration: int, **changes) -> StepReport:
-        stats = RouterStats.from_counts(3, [6, 2, 0, 0], [0, 4, 2], log_alpha=0.5)
+        stats = RouterStats.from_counts(3, [6, 2, 0, 0], [0, 4, 2], controllers={"log_alpha": 0.5})
         values: dict[str, Any] = {
             "iteration": iteration,
             "train_iters": 6,
