@@ -9,7 +9,7 @@ import numpy as np
 from moetrain.report.metrics_table import Frames, Series
 
 MAX_POINTS = 500
-MAX_CELLS = 600_000
+MAX_CELLS = 400_000
 _LOWEST, _STEP = -5.0, 15.0 / 254  # byte 1 is a load of 1/32 of the mean, byte 255 of 1024 times the mean
 
 
@@ -41,9 +41,9 @@ def columns(frames: Frames, most: int) -> tuple[list[tuple[int, int]], np.ndarra
     return spans, np.stack([frames.values[s].mean(axis=0, dtype=np.float64) for s in stretches])
 
 
-def columns_for(layers: int, size: int, most: int = 160) -> int:
-    """How many columns the heatmaps of so many layers, `size` cells high, may have."""
-    return max(8, min(most, MAX_CELLS // max(1, layers * size)))
+def columns_for(layers: int, size: int, cells: int, most: int = 160) -> int:
+    """How many columns the heatmaps of so many layers, `size` cells high, may have if all have `cells` together."""
+    return max(8, min(most, cells // max(1, layers * size)))
 
 
 def pack_ratios(ratios: np.ndarray) -> str:
