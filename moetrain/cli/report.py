@@ -61,7 +61,9 @@ def report(
             raise ReportError(f"{run}: has no checkpoint to read text with; leave --text and --prompt out")
         why_no_text = "This run has no checkpoint yet, so there is no model to read text with."
         typer.echo(f"{run}: no checkpoint yet; the page shows metrics alone", err=True)
-    command = _command(run, {"--out": out, "--text": text, "--prompt": prompt, "--checkpoint": checkpoint}, metrics_only)
+    command = _command(
+        run, {"--out": out, "--text": text, "--prompt": prompt, "--checkpoint": checkpoint}, metrics_only
+    )
     html = render(folder, trace, why_no_text, command, size)
     write_page(html, target, overwrite)
     typer.echo(f"wrote {target} ({len(html.encode()) / 1e6:.2f} MB)")

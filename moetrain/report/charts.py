@@ -143,7 +143,13 @@ def k_charts(table: MetricsTable, moe: MoEConfig | None) -> list[LineChart]:
     )
     charts = [
         LineChart("mean-k", "Mean experts per token", "experts", lines),
-        LineChart("alpha", "Controller α", "", alpha, "K = ⌈α · importance⌉; α moves until the mean K is the budget."),
+        LineChart(
+            "alpha",
+            "Controller α",
+            "",
+            alpha,
+            "K = ceil(α · importance), clamped; α moves until the mean K is the budget.",
+        ),
     ]
     return [chart for chart in charts if chart.lines]
 
@@ -228,7 +234,7 @@ def _frames(
 
 def _extremes(ratios: np.ndarray) -> str:
     high, low = int(ratios.argmax()), int(ratios.argmin())
-    return f"at the end: expert {high} {ratios[high]:.2f}×, expert {low} {ratios[low]:.2f}×"
+    return f"now: expert {high} at {ratios[high]:.2f}×, {low} at {ratios[low]:.2f}×"
 
 
 def _single(table: MetricsTable, key: str, title: str, unit: str, name: str, note: str = "") -> LineChart:

@@ -67,7 +67,7 @@ def describe_router(model: ModelConfig) -> str:
         return ""
     router = model.moe.router
     if isinstance(router, DAMoERouterConfig):
-        budget = f"mean K held at {router.mean_k:g}" if router.budget == "mean_k" else "K = ⌈importance · experts⌉"
+        budget = f"mean K held at {router.mean_k:g}" if router.budget == "mean_k" else "K = ceil(importance · experts)"
         return f"{router.type}, importance {router.importance}, {budget}, gates {router.gates}"
     return f"{router.type}, K = {router.top_k}, gates {router.gates}"
 

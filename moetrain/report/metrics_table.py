@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,10 @@ class MetricsTable:
         """The newest step of any row."""
         return self.rows[-1].iteration
 
-    @property
+    @cached_property
     def layers(self) -> list[int]:
         """0-based global numbers of the layers with routing figures."""
-        names = {name for row in self.rows for name in (*row.values, *row.lists)}
+        names = set().union(*(row.values.keys() | row.lists.keys() for row in self.rows))
         return sorted({int(found[1]) for name in names if (found := _LAYER.match(name))})
 
     def series(self, name: str, kind: str = "train") -> Series:

@@ -62,9 +62,13 @@ def render(run: RunFolder, trace: RoutingTrace | None, why_no_text: str, command
         "text": text_view(trace) if trace else None,
     }
     environment = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
+    html = environment.get_template("page.html.j2").render(
         run=run,
         tiles=tiles(run),
         details=details(run, layout_size),
@@ -79,6 +83,7 @@ def render(run: RunFolder, trace: RoutingTrace | None, why_no_text: str, command
         script=Markup("\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         data=embedded_json(data),
     )
+    return html.encode("utf-8", "replace").decode("utf-8")  # a path may hold bytes that are no text
 
 
 def embedded_json(tree: Any) -> Markup:
@@ -114,8 +119,8 @@ def _sections(run: RunFolder) -> list[Section]:
     table, moe = run.table, run.config.model.moe
     sections = [
         Section("training", "Training", training_charts(table)),
-        Section("load", "Load of the experts", load_charts(table), load_heatmaps(table), "Load over steps, by layer"),
-        Section("k", "Experts per token", k_charts(table, moe), k_heatmaps(table), "Share of tokens with each K, by layer"),
+        Section("load", "Load of the experts", load_charts(table), load_heatmaps(table), "Load over steps"),
+        Section("k", "Experts per token", k_charts(table, moe), k_heatmaps(table), "Share of tokens with each K"),
         Section("hyper", "Hyper-expert", hyper_charts(table)),
     ]
     return [section for section in sections if section.lines or section.heats]

@@ -72,7 +72,9 @@ def read_held_out(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> Re
     corpora = [_held_out_share(data, entry) for entry in data.valid or data.train]
     corpora = [(index, first, last) for index, first, last in corpora if last > first]
     if not corpora:
-        raise ReportError(f"data.valid is empty and data.split ({data.split}) holds nothing out: give --text or --prompt")
+        raise ReportError(
+            f"data.valid is empty and data.split ({data.split}) holds nothing out: give --text or --prompt"
+        )
     drawn = list(_drawn_documents(corpora, length, tokenizer.eod))
     passages = tuple(_within_budget(drawn, tokenizer))
     total = sum(last - first for _, first, last in corpora)

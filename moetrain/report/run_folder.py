@@ -52,7 +52,9 @@ def open_run(path: Path) -> RunFolder:
     Errors: ReportError when it is none or has no metrics; ConfigError when its config.yaml is not legal.
     """
     if not path.is_dir():
-        raise ReportError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run's folder (run.dir)")
+        raise ReportError(
+            f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a run's folder (run.dir)"
+        )
     config = path / "config.yaml"
     if not config.is_file():
         raise ReportError(

@@ -29,7 +29,7 @@ def text_view(trace: RoutingTrace) -> dict[str, Any]:
     shown = shown_passages(trace)
     tokens = sum(len(passage.ids) for passage in trace.reading.passages[:shown])
     texts = [text for passage in trace.reading.passages for text in passage.pieces]
-    ids = trace.ids_N.tolist()
+    ids = trace.token_ids.tolist()
     # One text an id: the first place where it has one, for a byte of a longer character may have none.
     text_of: dict[int, str] = {}
     for token, text in zip(ids, texts, strict=True):
@@ -107,12 +107,12 @@ def _summary(trace: RoutingTrace, layer: LayerTrace) -> dict[str, Any]:
     return {
         "histogram": k_histogram(layer),
         "byPosition": [
-            {**asdict(bucket), "mean_k": rounded(bucket.mean_k)} for bucket in k_by_position(trace.positions_N, k_N)
+            {**asdict(bucket), "mean_k": rounded(bucket.mean_k)} for bucket in k_by_position(trace.positions, k_N)
         ],
         "lossByK": [{**row, "nll": rounded(row["nll"]), "next_nll": rounded(row["next_nll"])} for row in rows],
         "correlation": {
             "nll": _correlation(k_N, trace.nll_N),
-            "next_nll": _correlation(k_N, trace.next_nll_N),
+            "next_nll": _correlation(k_N, trace.next_nll),
         },
     }
 
@@ -143,7 +143,7 @@ def _typical(trace: RoutingTrace, text_of: dict[int, str]) -> dict[str, Any]:
     """Tokens that each expert gets more often than others do; `tokens` says how often each occurs at all."""
     pairs = sum(layer.num_experts for layer in trace.layers)
     most = min(TYPICAL_PER_EXPERT, MAX_TYPICAL // pairs) if pairs else 0
-    ids_N = trace.ids_N
+    ids_N = trace.token_ids
     layers = {str(layer.layer): typical_tokens(ids_N, layer, most) for layer in trace.layers} if most else {}
     named = {token for experts in layers.values() for tokens in experts for token, _ in tokens}
     times = dict(zip(*(part.tolist() for part in np.unique(ids_N, return_counts=True)), strict=True))

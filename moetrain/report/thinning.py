@@ -19,18 +19,17 @@ def thin(series: Series, most: int = MAX_POINTS) -> Series:
     count = len(series.steps)
     if count <= most:
         return series
-    kept = {0, count - 1}
-    for stretch in np.array_split(np.arange(1, count - 1), (most - 2) // 2):
-        values = series.values[stretch]
-        finite = stretch[np.isfinite(values)]
-        if len(finite) < len(stretch):  # a NaN stands out most of all
-            kept.add(int(stretch[~np.isfinite(values)][0]))
-        if len(finite):
-            heights = series.values[finite]
-            kept.add(int(finite[heights.argmin()]))
-            if len(finite) == len(stretch):
-                kept.add(int(finite[heights.argmax()]))
-    index = np.array(sorted(kept))
+    stretches = (most - 2) // 2
+    width = -(-(count - 2) // stretches)
+    inner = np.minimum(np.arange(1, stretches * width + 1), count - 2).reshape(stretches, width)
+    values = series.values[inner]
+    finite = np.isfinite(values)
+    low = np.where(finite, values, np.inf).argmin(axis=1)
+    high = np.where(finite, values, -np.inf).argmax(axis=1)
+    # What is not finite stands out most of all.
+    high = np.where(finite.all(axis=1), high, finite.argmin(axis=1))
+    rows = np.arange(stretches)
+    index = np.unique(np.concatenate([[0, count - 1], inner[rows, low], inner[rows, high]]))
     return Series(series.steps[index], series.values[index])
 
 

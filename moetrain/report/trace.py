@@ -37,20 +37,20 @@ class RoutingTrace:
     layers: tuple[LayerTrace, ...]
 
     @property
-    def ids_N(self) -> np.ndarray:
+    def token_ids(self) -> np.ndarray:
         """Vocabulary ids."""
         return np.array([i for passage in self.reading.passages for i in passage.ids], dtype=np.int64)
 
     @property
-    def positions_N(self) -> np.ndarray:
+    def positions(self) -> np.ndarray:
         """Place of each token in its passage."""
         return np.concatenate([np.arange(len(passage.ids)) for passage in self.reading.passages])
 
     @property
-    def next_nll_N(self) -> np.ndarray:
+    def next_nll(self) -> np.ndarray:
         """The loss of the prediction made at each token: the NLL of its successor; NaN for the last of a passage."""
         shifted = np.append(self.nll_N[1:], np.nan)
-        return np.where(np.append(self.positions_N[1:], 0) == 0, np.nan, shifted)
+        return np.where(np.append(self.positions[1:], 0) == 0, np.nan, shifted)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def loss_by_k(trace: RoutingTrace, layer: LayerTrace) -> list[LossOfK]:
     found = []
     for k in np.unique(layer.num_selected_N):
         at = layer.num_selected_N == k
-        found.append(LossOfK(int(k), int(at.sum()), _mean(trace.nll_N[at]), _mean(trace.next_nll_N[at])))
+        found.append(LossOfK(int(k), int(at.sum()), _mean(trace.nll_N[at]), _mean(trace.next_nll[at])))
     return found
 
 
@@ -119,17 +119,16 @@ def typical_tokens(ids_N: np.ndarray, layer: LayerTrace, most: int) -> list[list
     there is: a frequent token must be a little over-represented, a rare one much.
     """
     vocabulary, index_N, count_V = np.unique(ids_N, return_inverse=True, return_counts=True)
-    total, found = len(ids_N), []
-    for expert in range(layer.num_experts):
-        mine_N = (layer.expert_ids_NK == expert).any(axis=1)
-        share_V = np.bincount(index_N[mine_N], minlength=len(vocabulary))
-        size = max(int(mine_N.sum()), 1)
-        expected_V = count_V * size / total
-        with np.errstate(divide="ignore", invalid="ignore"):
-            score_V = np.where(share_V > 0, share_V * np.log(share_V / expected_V), 0.0)
-        best = np.argsort(-score_V, kind="stable")[:most]
-        found.append([(int(vocabulary[i]), int(share_V[i])) for i in best if score_V[i] > 1e-9])
-    return found
+    used_NK = layer.expert_ids_NK >= 0
+    pairs = layer.expert_ids_NK[used_NK] * len(vocabulary) + index_N[np.nonzero(used_NK)[0]]
+    share_EV = np.bincount(pairs, minlength=layer.num_experts * len(vocabulary)).reshape(layer.num_experts, -1)
+    expected_EV = share_EV.sum(axis=1, keepdims=True) * count_V / len(ids_N)
+    score_EV = share_EV * np.log(np.where(share_EV > 0, share_EV, 1) / np.where(share_EV > 0, expected_EV, 1))
+    best_EM = np.argsort(-score_EV, axis=1, kind="stable")[:, :most]
+    return [
+        [(int(vocabulary[i]), int(share_V[i])) for i in best_M if score_V[i] > 1e-9]
+        for best_M, share_V, score_V in zip(best_EM, share_EV, score_EV, strict=True)
+    ]
 
 
 def _mean(values: np.ndarray) -> float:

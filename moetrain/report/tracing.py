@@ -79,9 +79,7 @@ def _importance_of(inputs: tuple[Any, ...]) -> Tensor | None:
 def _recorded(decoder: Decoder) -> Iterator[list[_Recorder]]:
     layers = sorted((m for m in decoder.modules() if isinstance(m, MoELayer)), key=lambda layer: layer.layer)
     recorders = [_Recorder(layer) for layer in layers]
-    hooks = [
-        layer.router.register_forward_hook(recorder) for layer, recorder in zip(layers, recorders, strict=True)
-    ]
+    hooks = [layer.router.register_forward_hook(recorder) for layer, recorder in zip(layers, recorders, strict=True)]
     try:
         yield recorders
     finally:

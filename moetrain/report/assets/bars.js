@@ -54,7 +54,7 @@ function histogramChart(summary) {
     axis: "K",
     series: [{ label: "tokens", color: "first", values: rows.map((tokens) => tokens / total) }],
     tick: (value) => `${short(100 * value)}%`,
-    tell: (i) => [node("b", {}, `K = ${low + i}`), node("div", {}, `${rows[i].toLocaleString("en")} of ${total.toLocaleString("en")} (${short((100 * rows[i]) / total)}%)`)],
+    tell: (i) => [node("b", {}, `K = ${low + i}`), node("div", {}, `${rows[i].toLocaleString("en")} of ${total.toLocaleString("en")} ${counted()} (${short((100 * rows[i]) / total)}%)`)],
   };
 }
 
@@ -66,7 +66,7 @@ function positionChart(summary) {
     axis: "position",
     series: [{ label: "mean K", color: "first", values: rows.map((row) => row.mean_k) }],
     tick: short,
-    tell: (i) => [node("b", {}, `position ${label(rows[i])}`), node("div", {}, `mean K ${rows[i].mean_k.toFixed(2)} over ${rows[i].tokens.toLocaleString("en")}`)],
+    tell: (i) => [node("b", {}, `position ${label(rows[i])}`), node("div", {}, `mean K ${rows[i].mean_k.toFixed(2)} over ${rows[i].tokens.toLocaleString("en")} ${counted()}`)],
   };
 }
 
@@ -85,7 +85,12 @@ function lossChart(summary) {
       node("b", {}, `K = ${rows[i].k}`),
       node("div", {}, `of the token itself ${told(rows[i].nll)}`),
       node("div", {}, `of the prediction made at it ${told(rows[i].next_nll)}`),
-      node("div", {}, `${rows[i].tokens.toLocaleString("en")} tokens`),
+      node("div", {}, `${rows[i].tokens.toLocaleString("en")} ${counted()}`),
     ],
   };
+}
+
+// What the summaries count.
+function counted() {
+  return chosen.layer === "all" ? "(token, layer) pairs" : "tokens";
 }

@@ -101,7 +101,7 @@ function buildTokens() {
 function tokenSpan(token, begins) {
   const span = node("span", { class: "token", "data-token": token });
   const content = text.texts[token];
-  if (begins || content === "") span.append(node("span", { class: "sign" }, begins ? "⟨start⟩" : "·"));
+  if (begins || content === "") span.append(node("span", { class: "sign" }, begins ? "[start]" : "·"));
   for (const part of content.split(/([\n\t])/)) {
     if (part === "\n") span.append(node("span", { class: "sign" }, "↵"), "\n");
     else if (part === "\t") span.append(node("span", { class: "sign" }, "⇥"), "\t");
@@ -114,7 +114,7 @@ function aboutToken(token) {
   const passage = text.passages.find(({ start, length }) => token >= start && token < start + length);
   const position = token - passage.start, nll = text.nll[token];
   const next = position + 1 < passage.length ? text.nll[token + 1] : null;
-  const name = node("b", {}, node("code", {}, position === 0 ? "⟨start⟩" : JSON.stringify(text.texts[token])));
+  const name = node("b", {}, node("code", {}, position === 0 ? "[start]" : JSON.stringify(text.texts[token])));
   const about = node("div", {}, `position ${position}, id ${text.ids[token]}`);
   const own = nll === null ? "nothing before it" : `NLL ${nll.toFixed(2)} (p = ${short(Math.exp(-nll))})`;
   const losses = node("div", {}, own + (next === null ? "" : `; of the next token ${next.toFixed(2)}`));
