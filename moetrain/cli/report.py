@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moetrain.checkpoint import CheckpointReader
     from moetrain.report.passages import Reading
     from moetrain.report.run_folder import RunFolder
+    from moetrain.report.trace import RoutingTrace
 
 app = typer.Typer(add_completion=False)
 
@@ -44,29 +45,47 @@ def report(
     target = out or run / "report.html"
     folder = open_run(run)
     check_target(target, overwrite)
-    saved = None if metrics_only else folder.checkpoint(checkpoint)
-    trace = size = None
-    why_no_text = "Not asked for (--metrics-only)."
-    if saved is not None:
-        from moetrain.checkpoint import CheckpointReader
-        from moetrain.report.tracing import trace_routing
-
-        with CheckpointReader(saved) as reader:
-            size = reader.layout.get("world_size")
-            reading = _reading(folder, reader, text, prompt)
-            typer.echo(f"reading {reading.tokens:,} tokens with the checkpoint of step {reader.step:,}", err=True)
-            trace = trace_routing(reader, reading)
-    elif not metrics_only:
-        if text or prompt is not None:
-            raise ReportError(f"{run}: has no checkpoint to read text with; leave --text and --prompt out")
-        why_no_text = "This run has no checkpoint yet, so there is no model to read text with."
-        typer.echo(f"{run}: no checkpoint yet; the page shows metrics alone", err=True)
-    command = _command(
-        run, {"--out": out, "--text": text, "--prompt": prompt, "--checkpoint": checkpoint}, metrics_only
+    looked = (
+        Looked(None, "Not asked for (--metrics-only).") if metrics_only else _look(folder, text, prompt, checkpoint)
     )
-    html = render(folder, trace, why_no_text, command, size)
+    if looked.trace is None and not metrics_only:
+        typer.echo(f"metrics alone: {looked.why_not}", err=True)
+    options = {"--out": out, "--text": text, "--prompt": prompt, "--checkpoint": checkpoint}
+    html = render(folder, looked.trace, looked.why_not, _command(run, options, metrics_only), looked.world_size)
     write_page(html, target, overwrite)
     typer.echo(f"wrote {target} ({len(html.encode()) / 1e6:.2f} MB)")
+
+
+class Looked(NamedTuple):
+    """What a checkpoint did with text, or why none was read; and the number of ranks that saved the checkpoint."""
+
+    trace: RoutingTrace | None
+    why_not: str = ""
+    world_size: int | None = None
+
+
+def _look(folder: RunFolder, text: Path | None, prompt: str | None, step: int | None) -> Looked:
+    """Read text with a checkpoint. What is missing is an error only to someone who asked for it: the curves of a run
+    whose data lie elsewhere are worth a page."""
+    saved = folder.checkpoint(step)
+    own_text = text is not None or prompt is not None
+    if saved is None:
+        if own_text:
+            raise ReportError(f"{folder.path}: has no checkpoint to read text with; leave --text and --prompt out")
+        return Looked(None, "This run has no checkpoint yet, so there is no model to read text with.")
+    from moetrain.checkpoint import CheckpointReader
+    from moetrain.report.tracing import trace_routing
+
+    with CheckpointReader(saved) as reader:
+        size = reader.layout.get("world_size")
+        try:
+            reading = _reading(reader, text, prompt)
+        except (DataError, ReportError) as error:
+            if own_text or step is not None:
+                raise
+            return Looked(None, f"No text was read: {error}.", size)
+        typer.echo(f"reading {reading.tokens:,} tokens with the checkpoint of step {reader.step:,}", err=True)
+        return Looked(trace_routing(reader, reading), world_size=size)
 
 
 def _check_options(text: Path | None, prompt: str | None, checkpoint: int | None, metrics_only: bool) -> None:
@@ -85,17 +104,14 @@ def _command(run: Path, options: dict[str, Any], metrics_only: bool) -> str:
     return shlex.join([*words, *["--metrics-only"] * metrics_only])
 
 
-def _reading(folder: RunFolder, reader: CheckpointReader, text: Path | None, prompt: str | None) -> Reading:
+def _reading(reader: CheckpointReader, text: Path | None, prompt: str | None) -> Reading:
     """The text, in the tokens of the tokenizer that the checkpoint's run names."""
     from moetrain.config.loader import config_from_dict
     from moetrain.data.tokenizers import load_tokenizer
     from moetrain.report.passages import read_held_out, read_text
 
     config = config_from_dict(reader.config, f"{reader.folder}'s config")
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    except DataError as error:
-        raise DataError(f"{error}; --metrics-only needs none") from error
+    tokenizer = load_tokenizer(config.data.tokenizer)
     trained_with = reader.extra.get("tokenizer", tokenizer.fingerprint)
     if tokenizer.fingerprint != trained_with:
         raise ReportError(

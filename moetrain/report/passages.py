@@ -97,7 +97,7 @@ def _held_out_share(data: DataConfig, entry: BlendEntry) -> tuple[Index, int, in
     try:
         index = read_index(entry.path)
     except DataError as error:
-        raise DataError(f"{error}; --text or --prompt give other text, --metrics-only needs none") from error
+        raise DataError(f"{error}; --text or --prompt give other text") from error
     count = len(index.lengths)
     if data.valid:
         return index, 0, count
