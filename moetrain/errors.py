@@ -31,5 +31,9 @@ class ConversionError(MoetrainError):
     """A checkpoint cannot be expressed in the asked-for format, or failed its own verification."""
 
 
+class ReportError(MoetrainError):
+    """A folder holds nothing that a report could show, or its page cannot be written where it is told to."""
+
+
 class DependencyError(MoetrainError):
     """A library or compiled part that this command needs is missing or is not what its name says."""

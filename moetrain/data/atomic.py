@@ -13,20 +13,21 @@ from moetrain.errors import DataError
 
 
 @contextmanager
-def staged(*finals: Path) -> Iterator[tuple[Path, ...]]:
+def staged(*finals: Path, overwrite: bool = False) -> Iterator[tuple[Path, ...]]:
     """Give a path to write for each path in `finals`, and rename them into place when the block ends well.
 
     The files (or folders) are written in a hidden `.partial` folder beside their final place, flushed to disk, then
     renamed in the order given: make the last one the file without which the others do not count. A failed block leaves
-    nothing; a killed process leaves at most the hidden folder.
+    nothing; a killed process leaves at most the hidden folder. With `overwrite`, files that are there are replaced.
 
-    Errors: DataError when a final path exists already, or when the disk refuses.
+    Errors: DataError when a final path exists already (without `overwrite`), or when the disk refuses.
     """
     folder = finals[0].parent
     assert all(path.parent == folder for path in finals), "renames are atomic only inside one folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_existing(finals)
+        if not overwrite:
+            _refuse_existing(finals)
         partial = Path(tempfile.mkdtemp(prefix=f".{finals[0].name}.", suffix=".partial", dir=folder))
     except OSError as error:
         raise DataError(f"cannot write {finals[0]}: {error.strerror or error}") from error
@@ -35,7 +36,8 @@ def staged(*finals: Path) -> Iterator[tuple[Path, ...]]:
         yield drafts
         for draft in drafts:
             _flush(draft)
-        _refuse_existing(finals)  # somebody may have been faster
+        if not overwrite:
+            _refuse_existing(finals)  # somebody may have been faster
         for draft, final in zip(drafts, finals, strict=True):
             draft.replace(final)
         _flush_folder(folder)

@@ -1,4 +1,5 @@
-"""The training model's own logits from a checkpoint, in one process: what exports are measured against."""
+"""The training model itself from a checkpoint, in one process: what exports are measured against, and what reports look
+into."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from moetrain.config.layout import ParallelLayout
 from moetrain.config.loader import config_from_dict
 from moetrain.config.schema import ParallelConfig
 from moetrain.model.build import build_chunks
+from moetrain.model.decoder import Decoder
 from moetrain.model.parameters import named_controllers, named_parameters
 from moetrain.runtime.groups import ParallelGroups, create_groups, destroy_groups
 
@@ -32,22 +34,30 @@ class WeightSource(Protocol):
         ...
 
 
-@torch.no_grad()
 def megatron_logits(reader: WeightSource, tokens: Tensor) -> Tensor:
     """Logits, fp32 [b, s, V], for tokens, int64 [b, s] with s at most `model.seq_length`, computed in fp32 on CPU.
 
     Makes a process group of one for the duration of the call; there must be none yet.
     """
+    with reference_model(reader) as decoder:
+        positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
+        return decoder(tokens, positions, None)
+
+
+@contextmanager
+def reference_model(reader: WeightSource) -> Iterator[Decoder]:
+    """The whole model, fp32 on CPU, in evaluation mode, with the checkpoint's weights and controllers.
+
+    Makes a process group of one for the duration of the block; there must be none yet.
+    """
     model = config_from_dict(reader.config, "the checkpoint's config").model
-    with _single_process() as groups:
+    with _single_process() as groups, torch.no_grad():
         (decoder,) = build_chunks(model, ParallelConfig(), groups, torch.float32, torch.device("cpu"))
         for name, parameter in named_parameters([decoder]):
             parameter.copy_(reader.read(f"weight.{name}"))
         for name, controller in named_controllers([decoder]):
             controller.copy_(reader.read(f"controller.{name}"))
-        decoder.eval()
-        positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
-        return decoder(tokens, positions, None)
+        yield decoder.eval()
 
 
 @contextmanager

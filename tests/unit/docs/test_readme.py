@@ -45,6 +45,7 @@ RUN_ELSEWHERE = {
     # The demo trains through `launch local`, which starts each rank as torchrun starts it here.
     ("moetrain", "launch", "local"): Elsewhere("moetrain/cli/demo_stages.py", '["launch", "local"'),
     ("torchrun",): Elsewhere("moetrain/launch/local.py", "torch.distributed.run"),
+    ("moetrain", "report"): Elsewhere("tests/cli/test_report_cli.py", 'REPORT = ("report"'),
     ("moetrain", "convert", "to-hf"): Elsewhere("tests/unit/convert/test_hf.py", '["to-hf"'),
 }
 
