@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moetrain.config.schema import DAMoERouterConfig, MoEConfig, TopKRouterConfig
+from moetrain.config.schema import MoEConfig
 from moetrain.report.metrics_table import Frames, MetricsTable, Series
 from moetrain.report.thinning import MAX_CELLS, columns, columns_for, pack_ratios, pack_shares, thin
 
@@ -206,12 +206,8 @@ def k_heatmaps(table: MetricsTable) -> list[HeatChart]:
 
 def mean_k_budget(moe: MoEConfig) -> float | None:
     """The mean number of experts per token that the settings ask for; None where they leave it open."""
-    router = moe.router
-    if isinstance(router, TopKRouterConfig):
-        return float(router.top_k)
-    if isinstance(router, DAMoERouterConfig) and router.budget == "mean_k":
-        return router.mean_k
-    return None
+    known = len(moe.selectable) == 1 or moe.expected_mean_k < moe.max_top_k
+    return moe.expected_mean_k if known else None
 
 
 def rounded(value: float, digits: int = 5) -> float | None:

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from moetrain.config.layout import ParallelLayout
-from moetrain.config.schema import DAMoERouterConfig, ModelConfig, RunConfig
+from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.config.size import parameter_count
 from moetrain.errors import LayoutError
 from moetrain.report.charts import mean_k_budget
@@ -65,11 +65,7 @@ def describe_router(model: ModelConfig) -> str:
     """The setting that decides how many experts a token gets; "" for a dense model."""
     if model.moe is None:
         return ""
-    router = model.moe.router
-    if isinstance(router, DAMoERouterConfig):
-        budget = f"mean K held at {router.mean_k:g}" if router.budget == "mean_k" else "K = ceil(importance · experts)"
-        return f"{router.type}, importance {router.importance}, {budget}, gates {router.gates}"
-    return f"{router.type}, K = {router.top_k}, gates {router.gates}"
+    return f"{model.moe.router.type}: {model.moe.router.describe(model.moe.num_experts)}"
 
 
 def describe_layout(config: RunConfig, world_size: int | None) -> str:
@@ -114,7 +110,7 @@ def _kind(model: ModelConfig) -> str:
     if model.moe is None:
         return "dense"
     names = ["HyperMoE"] * (model.moe.hyper is not None)
-    names += ["DA-MoE"] * isinstance(model.moe.router, DAMoERouterConfig)
+    names += ["DA-MoE"] * (model.moe.router.type == "da_moe")
     return " + ".join(names) or "mixture-of-experts"
 
 
