@@ -234,28 +234,45 @@ class Prefetch {
   int64_t row_ = 0, end_ = 0, lines_of_row_ = 0, left_ = 0, lines_ = 0;
 };
 
-// Some steps of a block product: sums += rows times pairs.
-inline void multiply_tiles(const bf16*& a_low, const bf16*& a_high, const bf16*& b_low, const bf16*& b_high,
-                           int64_t tiles, Prefetch& next, int64_t lines_a_tile) {
+// Where the tiles of a block's halves are: `stride` bytes between a tile's rows, `step` elements between tiles.
+struct Halves {
+  const bf16 *low, *high;
+  int64_t stride = 64, step = kTileElements;
+};
+
+// Some steps of a block product: sums += rows times pairs. The lines of the operand that passes by (the panel, in L2)
+// are asked for with the hint that nobody wants them again, so that they do not push the strip out of L1: with plain
+// loads both together are more than it holds, and a strip of 512 k would be read from L2 every time.
+template <Form kPassing>
+inline void multiply_tiles(Halves& a, Halves& b, int64_t tiles, Prefetch& next, int64_t lines_a_tile) {
   for (int64_t t = 0; t < tiles; ++t) {
-    _tile_loadd(4, a_low, 64);
-    _tile_loadd(6, b_low, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b_high, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a_high, 64);
+    if constexpr (kPassing == Form::kRows) {
+      _tile_stream_loadd(4, a.low, 64);
+      _tile_loadd(6, b.low, b.stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b.high, b.stride);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, a.high, 64);
+    } else {
+      _tile_loadd(4, a.low, a.stride);
+      _tile_stream_loadd(6, b.low, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(7, b.high, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a.high, a.stride);
+    }
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    a_low += kTileElements, a_high += kTileElements, b_low += kTileElements, b_high += kTileElements;
+    a.low += a.step, a.high += a.step, b.low += b.step, b.high += b.step;
     next.touch(lines_a_tile);
   }
 }
 
 // c[32][32] (+)= a block of rows times a block of pairs. `meanwhile` runs in the middle of the sum: it is vector work,
 // which the tile unit does not wait for.
-template <class Meanwhile>
-inline void multiply(const bf16* a_low, const bf16* a_high, const bf16* b_low, const bf16* b_high, int64_t tiles,
-                     bool accumulate, float* c, Prefetch& next, int64_t lines_a_tile, const Meanwhile& meanwhile) {
+template <Form kPassing, class Meanwhile>
+inline void multiply(Halves a, Halves b, int64_t tiles, bool accumulate, float* c, Prefetch& next,
+                     int64_t lines_a_tile, const Meanwhile& meanwhile) {
   constexpr int kBytes = kBlock * sizeof(float);
   if (accumulate) {
     _tile_loadd(0, c, kBytes);
@@ -269,9 +286,9 @@ inline void multiply(const bf16* a_low, const bf16* a_high, const bf16* b_low, c
     _tile_zero(3);
   }
   const int64_t before = tiles / 4;
-  multiply_tiles(a_low, a_high, b_low, b_high, before, next, lines_a_tile);
+  multiply_tiles<kPassing>(a, b, before, next, lines_a_tile);
   meanwhile();
-  multiply_tiles(a_low, a_high, b_low, b_high, tiles - before, next, lines_a_tile);
+  multiply_tiles<kPassing>(a, b, tiles - before, next, lines_a_tile);
   _tile_stored(0, c, kBytes);
   _tile_stored(1, c + kHalf, kBytes);
   _tile_stored(2, c + kHalf * kBlock, kBytes);
@@ -293,18 +310,34 @@ struct NoFinish {
 struct Strips {
   Source source;
   int64_t outer, count, k, depth;
+
+  // Whether memory holds tiles of rows already, whole ones, which do not all fall into the same sets of L1.
+  bool lies_in_tiles(int64_t part) const {
+    return source.reduction_contiguous && !source.index && count % kBlock == 0 && part % kTileDepth == 0 &&
+           source.stride % 1024 != 0;
+  }
+  Halves tiles_in_place(int64_t strip, int64_t at) const {
+    const bf16* low = source.row(outer + strip * kBlock) + k + at;
+    return {low, low + kHalf * source.stride, source.stride * static_cast<int64_t>(sizeof(bf16)), kTileDepth};
+  }
 };
 
 // Outer to pack at a time: of a strided operand four strips, so that a page is opened once for all of them.
 inline int64_t strips_width(const Source& x) { return x.reduction_contiguous ? kBlock : 4 * kBlock; }
 constexpr int64_t kStripElements = 4 * kBlock * kStripDepth;
 
+// What becomes of products: all are kept, side by side, because somebody will read or continue them later; or four take
+// turns, and stay in L1, because `finish` is all that becomes of them. Either way the product of block b - 1 stands
+// before that of an odd b.
+enum class Sums { kKept, kInTurns };
+constexpr int64_t kTurns = 4;
+
 // Strips times every block of a panel, whose tiles from `first_tile` on stand for the same k. kStrip is the form of the
 // strips; the panel has the other one. The product of strip s and block b is at c + (s * blocks + b) * kBlockFloats;
 // finish(outer of the strip, b, product) is called when it is complete, in the middle of the block after it: while it
 // is in L1, and while tiles multiply. `next` are the strips that will be asked for after these; their lines are fetched
 // meanwhile.
-template <Form kStrip, class Finish>
+template <Form kStrip, Sums kSums = Sums::kKept, class Finish>
 inline void multiply_strips(const Strips& strips, const Strips& next, const Panel& panel, int64_t first_tile,
                             bool accumulate, bf16* buffer, float* c, const Finish& finish) {
   const int64_t count = blocks_of(strips.count);
@@ -315,22 +348,24 @@ inline void multiply_strips(const Strips& strips, const Strips& next, const Pane
     const int64_t then_at = last ? 0 : at + part;
     Prefetch prefetch(then.source, then.outer, then.count, then.k + then_at, smaller(kStripDepth, then.depth - then_at));
     const int64_t lines = prefetch.lines() / (count * panel.blocks * tiles) + 1;
-    pack<kStrip>(strips.source, strips.outer, strips.count, strips.k + at, part, buffer);
-    float* out = c;
+    const bool in_place = kStrip == Form::kRows && strips.lies_in_tiles(part);
+    if (!in_place) pack<kStrip>(strips.source, strips.outer, strips.count, strips.k + at, part, buffer);
     const float* complete = nullptr;  // the product of (strip, block), which finish has not seen
     int64_t complete_strip = 0, complete_block = 0;
     const auto finish_complete = [&] {
       if (complete) finish(complete_strip, complete_block, complete);
     };
     for (int64_t s = 0; s < count; ++s) {
-      const bf16 *low = buffer + 2 * s * tiles * kTileElements, *high = low + tiles * kTileElements;
+      Halves strip{buffer + 2 * s * tiles * kTileElements, buffer + (2 * s + 1) * tiles * kTileElements};
+      if (in_place) strip = strips.tiles_in_place(s, at);
       const bf16* p = panel.data + (first_tile + at / kTileDepth) * kTileElements;
-      for (int64_t b = 0; b < panel.blocks; ++b, p += 2 * panel.tiles * kTileElements, out += kBlockFloats) {
-        const bf16* p_high = p + panel.tiles * kTileElements;
+      for (int64_t b = 0; b < panel.blocks; ++b, p += 2 * panel.tiles * kTileElements) {
+        const Halves block{p, p + panel.tiles * kTileElements};
+        float* const out = c + (kSums == Sums::kKept ? s * panel.blocks + b : b % kTurns) * kBlockFloats;
         if (kStrip == Form::kRows) {
-          multiply(low, high, p, p_high, tiles, accumulate || at > 0, out, prefetch, lines, finish_complete);
+          multiply<Form::kPairs>(strip, block, tiles, accumulate || at > 0, out, prefetch, lines, finish_complete);
         } else {
-          multiply(p, p_high, low, high, tiles, accumulate || at > 0, out, prefetch, lines, finish_complete);
+          multiply<Form::kRows>(block, strip, tiles, accumulate || at > 0, out, prefetch, lines, finish_complete);
         }
         if (last) complete = out, complete_strip = strips.outer + s * kBlock, complete_block = b;
       }
@@ -365,6 +400,18 @@ inline void to_pairs_of_rows(const float* c, int64_t half, __m512i (&r)[16]) {
   for (int p = 0; p < 16; ++p) {
     r[p] = to_pairs(_mm512_load_ps(c + 2 * p * kBlock + half * kHalf),
                     _mm512_load_ps(c + (2 * p + 1) * kBlock + half * kHalf));
+  }
+}
+
+// Two neighbouring blocks, whole lines in pairs: memory takes 128 bytes at a time half as fast again as twice 64.
+template <class Row>
+inline void stream_two_blocks(const float* c, int64_t rows, const Row& row) {
+  for (int64_t i = 0; i < rows; ++i, c += kBlock) {
+    const float* next = c + kBlockFloats;
+    const __m512i first = to_row(_mm512_load_ps(c), _mm512_load_ps(c + kHalf));
+    const __m512i second = to_row(_mm512_load_ps(next), _mm512_load_ps(next + kHalf));
+    store_row(row(i), first, kBlock, true);
+    store_row(row(i) + kBlock, second, kBlock, true);
   }
 }
 

@@ -16,6 +16,7 @@ constexpr int64_t kRegion = 512;  // outer of the strips of a region whose sums 
 // How one product is walked: the strip operand in pieces of 32 outer, the panel operand `panel` outer at a time, k in
 // parts of `depth`.
 struct Plan {
+  bool strip_is_a;
   int64_t panel, region, depth;
 };
 
@@ -27,21 +28,23 @@ struct Buffers {
   Scratch strip, panel, sums;
 };
 
-// The panel: rows of tokens where there are such, because weights are large and pass by once.
-template <class Out>
-bool strip_is_a(const Product<Out>& g) {
-  return !g.a.reduction_contiguous;
-}
+// The strip of a weight gradient is a. Of the other products it is the weights while these outnumber the tokens: then
+// they pass by once, prefetched, and the panel of tokens is small. For many tokens it is the tokens: then the weights
+// are packed once, and the output is written in the order of memory. The bits are the same.
+constexpr int64_t kManyRows = 512;
 
-Plan plan_for(int64_t k, bool wgrad) {
-  const int64_t fits = kPanelBytes / 2 / (k > 0 ? k : 1) / kBlock * kBlock;
-  if (wgrad || fits < kMinPanel) return {kMaxPanel, k > kStripDepth ? kRegion : INT64_MAX, kStripDepth};
-  return {fits < kMaxPanel ? fits : kMaxPanel, INT64_MAX, k};
+template <class Out>
+Plan plan_for(const Product<Out>& g) {
+  if (!g.a.reduction_contiguous) return {true, kMaxPanel, g.k > kStripDepth ? kRegion : INT64_MAX, kStripDepth};
+  const bool strip_is_a = g.m >= kManyRows;
+  const int64_t fits = kPanelBytes / 2 / (g.k > 0 ? g.k : 1) / kBlock * kBlock;
+  if (fits < kMinPanel) return {strip_is_a, kMaxPanel, g.k > kStripDepth ? kRegion : INT64_MAX, kStripDepth};
+  return {strip_is_a, fits < kMaxPanel || strip_is_a ? fits : kMaxPanel, INT64_MAX, g.k};
 }
 
 template <class Out>
 void add_tasks(const Product<Out>& g, int64_t group, const Plan& plan, std::vector<Task>& tasks) {
-  const int64_t panels = strip_is_a(g) ? g.n : g.m, strips = strip_is_a(g) ? g.m : g.n;
+  const int64_t panels = plan.strip_is_a ? g.n : g.m, strips = plan.strip_is_a ? g.m : g.n;
   for (int64_t p = 0; p < panels; p += plan.panel) {
     for (int64_t s = 0; s < strips;) {
       const int64_t count = smaller(plan.region, strips - s);
@@ -57,8 +60,8 @@ std::vector<Task> cut(const std::vector<Product<Out>>& groups, int threads, std:
   const int64_t enough = threads == 1 ? 1 : 4 * threads;
   int64_t most_strips = 0;
   for (const auto& g : groups) {
-    plans.push_back(plan_for(g.k, strip_is_a(g)));
-    const int64_t strips = strip_is_a(g) ? g.m : g.n;
+    plans.push_back(plan_for(g));
+    const int64_t strips = plans.back().strip_is_a ? g.m : g.n;
     most_strips = strips > most_strips ? strips : most_strips;
   }
   for (int64_t region = most_strips;; region = (region / 2 + kBlock - 1) / kBlock * kBlock) {
@@ -97,6 +100,7 @@ inline void add_to(bf16* to, __m512 low, __m512 high, int64_t columns, bool accu
 template <class Out>
 struct Finish {
   const Product<Out>& g;
+  bool strip_is_a;
   const Task& task;
   bool stream;
 
@@ -104,8 +108,8 @@ struct Finish {
     const int64_t panel = task.panel + block * kBlock;
     const int64_t in_panel = smaller(kBlock, task.panel + task.panels - panel);
     const int64_t in_strip = smaller(kBlock, task.strip + task.strips - strip);
-    if (strip_is_a(g)) {
-      store(c, strip, in_strip, panel, in_panel);
+    if (strip_is_a) {
+      store_beside(c, strip, in_strip, block, in_panel);
       return;
     }
     if constexpr (sizeof(Out) == sizeof(bf16)) {  // only weight gradients are wider
@@ -115,6 +119,20 @@ struct Finish {
       }
     }
     store(c, panel, in_panel, strip, in_strip);
+  }
+
+  // Blocks of the panel are columns of the output. Where they are streamed, an even block waits for the next one.
+  void store_beside(const float* c, int64_t first_row, int64_t rows, int64_t block, int64_t columns) const {
+    const int64_t first_column = task.panel + block * kBlock;
+    if constexpr (sizeof(Out) == sizeof(bf16)) {
+      if (stream && block % 2 == 0 && task.panels >= (block + 2) * kBlock) return;
+      if (stream && block % 2 == 1 && columns == kBlock) {
+        stream_two_blocks(c - kBlockFloats, rows,
+                          [&](int64_t i) { return g.c_row(first_row + i) + first_column - kBlock; });
+        return;
+      }
+    }
+    store(c, first_row, rows, first_column, columns);
   }
 
   void store(const float* c, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns) const {
@@ -133,14 +151,14 @@ struct Finish {
 template <Form kStrip, class Out>
 void run(const Product<Out>& g, const Plan& plan, const Task& task, bool stream, Buffers& buffers) {
   constexpr Form kPanel = kStrip == Form::kRows ? Form::kPairs : Form::kRows;
-  const Source& strips = strip_is_a(g) ? g.a : g.b;
-  const Source& panels = strip_is_a(g) ? g.b : g.a;
+  const Source& strips = plan.strip_is_a ? g.a : g.b;
+  const Source& panels = plan.strip_is_a ? g.b : g.a;
   const int64_t blocks = blocks_of(task.panels), last = task.strip + task.strips, width = strips_width(strips);
   const bool waits = plan.depth < g.k;  // the sums of all strips of the region wait for the next part of k
   const int64_t held = waits ? blocks_of(task.strips) : width / kBlock;
   bf16* const strip_buffer = buffers.strip.at_least<bf16>(kStripElements);
   bf16* const panel_buffer = buffers.panel.at_least<bf16>(blocks * kBlock * tiles_of(plan.depth) * kTileDepth);
-  float* const sums = buffers.sums.at_least<float>(held * blocks * kBlockFloats);
+  float* const sums = buffers.sums.at_least<float>((held * blocks > kTurns ? held * blocks : kTurns) * kBlockFloats);
   for (int64_t k = 0; k < g.k; k += plan.depth) {
     const int64_t depth = smaller(plan.depth, g.k - k);
     pack<kPanel>(panels, task.panel, task.panels, k, depth, panel_buffer);
@@ -148,9 +166,12 @@ void run(const Product<Out>& g, const Plan& plan, const Task& task, bool stream,
     const auto strips_at = [&](int64_t s) { return Strips{strips, s, smaller(width, last - s), k, depth}; };
     float* c = sums;
     for (int64_t s = task.strip; s < last; s += width) {
-      if (k + depth == g.k) {
+      if (g.k <= kStripDepth) {
+        multiply_strips<kStrip, Sums::kInTurns>(strips_at(s), strips_at(s + width), panel, 0, false, strip_buffer, c,
+                                                Finish<Out>{g, plan.strip_is_a, task, stream});
+      } else if (k + depth == g.k) {
         multiply_strips<kStrip>(strips_at(s), strips_at(s + width), panel, 0, k > 0, strip_buffer, c,
-                                Finish<Out>{g, task, stream});
+                                Finish<Out>{g, plan.strip_is_a, task, stream});
       } else {
         multiply_strips<kStrip>(strips_at(s), strips_at(s + width), panel, 0, k > 0, strip_buffer, c, NoFinish{});
       }
@@ -202,7 +223,7 @@ void grouped_gemm(const std::vector<Product<Out>>& groups, int threads) {
       const Plan& plan = plans[tasks[i].group];
       if (g.k == 0) continue;
       // Rows that tokens stand in go to the side that needs no transpose of the larger operand; see README.
-      if (strip_is_a(g) || g.b.reduction_contiguous) {
+      if (plan.strip_is_a || g.b.reduction_contiguous) {
         run<Form::kRows>(g, plan, tasks[i], stream, buffers);
       } else {
         run<Form::kPairs>(g, plan, tasks[i], stream, buffers);
