@@ -82,7 +82,7 @@ def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(data: 
 
 def test_an_illegal_arm_is_named() -> None:
     study = Study("bad", "Bad", "", (Arm("broken", "nine of eight", {"model.moe.router.top_k": 9}),), ())
-    with pytest.raises(ConfigError, match=r"arm broken \(nine of eight\).*must not exceed num_experts"):
+    with pytest.raises(ConfigError, match=r"(?s)arm broken \(nine of eight\).*must not exceed num_experts"):
         Lab(study, [1, 2], [PRESET], [], Path("unused")).check()
 
 
