@@ -31,6 +31,7 @@ VERBS = {
     "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face."),
     "demo": Verb("moetrain.cli.demo", "From text to an exported model on this machine, in minutes."),
     "bench": Verb("moetrain.cli.bench", "Our operators against those of others, measured on this machine."),
+    "claims": Verb("moetrain.cli.claims", "The papers' claims, tested on this machine."),
     "doctor": Verb("moetrain.cli.doctor", "What is installed, what is missing, and what each piece changes."),
 }
 

@@ -16,10 +16,11 @@ from rich.text import Text
 
 from moetrain.bench.catalog import BENCHMARKS, count_points
 from moetrain.bench.report import HOW_TO_READ, Section, check_target, machine_lines, sections, to_json, write
+from moetrain.bench.results import CaseResult
 from moetrain.bench.runner import Report, run
 from moetrain.bench.settings import DEVICES, DTYPES, ROUTINGS, Settings, default_settings
 from moetrain.cli.arguments import split_choices, split_numbers
-from moetrain.cli.bench_progress import Progress
+from moetrain.cli.progress import Progress
 from moetrain.errors import ConfigError
 
 _CHOICES = {"dtype": ("dtypes", DTYPES), "routing": ("routing", ROUTINGS)}
@@ -66,7 +67,7 @@ def ops(
     if write_to is not None:
         check_target(write_to)
     with Progress("bench ops", count_points(settings), enabled=not quiet) as progress:
-        report = run(settings, progress.advance)
+        report = run(settings, lambda case: progress.advance(_label(case)))
     if write_to is not None:
         write(report, write_to)
     if as_json:
@@ -104,6 +105,10 @@ def _check(settings: Settings, cores: int) -> None:
     fewest = min(settings.experts)
     if settings.top_k > fewest:
         raise ConfigError(f"--top-k ({settings.top_k}) must not exceed the fewest --experts ({fewest})")
+
+
+def _label(case: CaseResult) -> str:
+    return f"{case.benchmark} {case.point.label()}"
 
 
 def _print(report: Report) -> None:

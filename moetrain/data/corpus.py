@@ -15,7 +15,7 @@ import pydoc_data.topics
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,20 @@ def standard_library_corpus(
     Errors: DataError when an output exists, when this Python has no sources, or when a share comes out empty.
     """
     documents = _fill(in_hash_order(standard_library_documents()), max_bytes)
+    return write_corpus(documents, out, held_out, held_out_fraction, show_progress)
+
+
+def write_corpus(
+    documents: Sequence[Document],
+    out: Path,
+    held_out: Path | None = None,
+    held_out_fraction: float = 0.02,
+    show_progress: bool = False,
+) -> CorpusReport:
+    """Write documents as .jsonl, a share of them (see `split_by_hash`) to `held_out` where that is given.
+
+    Errors: DataError when an output exists or a share comes out empty.
+    """
     train, kept_back = split_by_hash(documents, held_out_fraction if held_out else 0.0)
     shares = [(out.resolve(), train)] + ([(held_out.resolve(), kept_back)] if held_out else [])
     for path, share in shares:

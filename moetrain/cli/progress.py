@@ -1,4 +1,4 @@
-"""How far a benchmark is: a bar on a terminal, a line now and then in a log file."""
+"""How far a long command is: a bar on a terminal, a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Self
 from rich import progress
 from rich.console import Console
 
-from moetrain.bench.results import CaseResult
-
 LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts points. Use as a context manager; writes to standard error.
+    """Counts pieces of work. Use as a context manager; writes to standard error.
 
-    The time left assumes that the rest takes as long as what was done; sizes differ, so it is rough.
+    The time left assumes that the rest takes as long as what was done; pieces differ, so it is rough.
     """
 
     def __init__(self, label: str, total: int, enabled: bool, console: Console | None = None) -> None:
@@ -46,10 +44,9 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, case: CaseResult) -> None:
-        """One more point is done."""
+    def advance(self, what: str) -> None:
+        """One more piece is done: `what`."""
         self._done += 1
-        what = f"{case.benchmark} {case.point.label()}"
         left = f"about {self.seconds_left():.0f} s left"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done, description=what, left=left)
@@ -59,5 +56,5 @@ class Progress:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def seconds_left(self) -> float:
-        """At the pace so far; call after the first point."""
+        """At the pace so far; call after the first piece."""
         return (time.monotonic() - self._start) / self._done * (self._total - self._done)

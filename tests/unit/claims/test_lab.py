@@ -1,0 +1,91 @@
+"""A laboratory of two tiny arms, trained for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moetrain.claims.findings import find, summarize
+from moetrain.claims.lab import Lab
+from moetrain.claims.material import make_material
+from moetrain.claims.study import Arm, Claim, Comparison, Outcome, Study
+from moetrain.config.loader import dump_yaml, load_config
+from moetrain.errors import ConfigError
+
+PRESET = Path(__file__).parents[3] / "configs" / "claims" / "quick.yaml"
+SMALL = {"training.train_iters": 6, "training.log_interval": 2, "training.eval_iters": 2, "model.num_layers": 1}
+STUDY = Study(
+    "tiny",
+    "Tiny",
+    "no paper",
+    (
+        Arm("one", "k = 1", {**SMALL, "model.moe.router.top_k": 1}),
+        Arm(
+            "again",
+            "what the first turned out to use",
+            {**SMALL},
+            after="one",
+            derive=lambda outcome: {"model.moe.router.top_k": round(outcome.mean_k)},
+        ),
+    ),
+    (Claim("T1", "Equal settings give equal losses.", (Comparison("again", "one", "tie", "the same"),)),),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "corpus.jsonl"
+    texts = [f"def f{n}(x):\n    return x + {n}  # number {n}\n" * 8 for n in range(400)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    made = make_material(folder / "lab", [source], 300, show_progress=False)
+    assert make_material(folder / "lab", [source], 300, show_progress=False) == made
+    with pytest.raises(ConfigError, match="made from"):
+        make_material(folder / "lab", [], 300, show_progress=False)
+    return [
+        f"data.tokenizer.path={made.tokenizer}",
+        f"data.train=[{{path: {made.train}}}]",
+        f"data.valid=[{{path: {made.valid}}}]",
+    ]
+
+
+def lab(data: list[str], folder: Path) -> Lab:
+    return Lab(STUDY, [1, 2], [PRESET], data, folder)
+
+
+def test_a_study_is_trained_compared_and_not_trained_twice(data: list[str], tmp_path: Path) -> None:
+    heard: list[str] = []
+    results = lab(data, tmp_path).train(2, heard.append)
+    assert sorted(heard) == ["again, seed 1", "again, seed 2", "one, seed 1", "one, seed 2"]
+    # Equal settings and seeds: the same data in the same order from the same weights, to the last bit.
+    assert [run.loss for run in results["again"]] == [run.loss for run in results["one"]]
+    assert results["one"][0].loss != results["one"][1].loss
+    assert summarize(results["one"]).mean_k == 1.0
+    (finding,) = find(STUDY, results)
+    assert finding.verdict == "supported"
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    assert len(stamps) == 4
+    assert lab(data, tmp_path).train(1, heard.append) == results
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(data: list[str], tmp_path: Path) -> None:
+    folder = Path(lab(data, tmp_path).config("one", 1, {}).run.dir)
+    folder.mkdir(parents=True)
+    written = load_config([PRESET], [*data, f"run.dir={folder}", "training.seed=7"])
+    (folder / "config.yaml").write_text(dump_yaml(written), encoding="utf-8")
+    with pytest.raises(ConfigError, match="other settings"):
+        lab(data, tmp_path).check()
+
+
+def test_an_illegal_arm_is_named() -> None:
+    study = Study("bad", "Bad", "", (Arm("broken", "nine of eight", {"model.moe.router.top_k": 9}),), ())
+    with pytest.raises(ConfigError, match=r"(?s)arm broken \(nine of eight\).*must not exceed num_experts"):
+        Lab(study, [1, 2], [PRESET], [], Path("unused")).check()
+
+
+def test_an_arm_may_follow_from_the_outcome_of_another() -> None:
+    overrides = STUDY.arm("again").overrides({"one": Outcome(loss=3.0, mean_k=2.9)})
+    assert "model.moe.router.top_k=3" in overrides
