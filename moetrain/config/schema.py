@@ -10,24 +10,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from moetrain.config.objectives import CausalLMConfig, ObjectiveConfig
 from moetrain.config.rules import section_problems
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+from moetrain.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 CAUSAL_IMPORTANCE = ("self_weight", "row_max", "row_entropy")
-NONCAUSAL_IMPORTANCE = ("col_max",)
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, and a key that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+NONCAUSAL_IMPORTANCE = ("col_max", "col_sum")
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -58,8 +48,9 @@ class DAMoERouterConfig(Section):
     """
 
     type: Literal["da_moe"] = "da_moe"
-    importance: Literal["self_weight", "row_max", "row_entropy", "col_max"] = Field(
-        default="self_weight", description="attention statistic, averaged over heads; col_max looks at the future"
+    importance: Literal["self_weight", "row_max", "row_entropy", "col_max", "col_sum"] = Field(
+        default="self_weight",
+        description="attention statistic, averaged over heads; col_max and col_sum look at the future: encoders only",
     )
     budget: Literal["mean_k", "paper"] = "mean_k"
     mean_k: PositiveFloat = Field(default=2.0, description="target mean number of experts per token (budget: mean_k)")
@@ -74,6 +65,11 @@ class DAMoERouterConfig(Section):
 
     @model_validator(mode="after")
     def _budget_is_reachable(self) -> DAMoERouterConfig:
+        if self.budget == "paper" and self.importance == "col_sum":
+            raise ValueError(
+                "importance (col_sum) is the weight that a token gets in all and no share of one, so budget paper, "
+                "ceil(I * num_experts), would give most tokens every expert; legal with it: budget mean_k"
+            )
         top = self.max_k if self.max_k is not None else float("inf")
         if self.min_k > top:
             raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
@@ -167,9 +163,24 @@ class MoEConfig(Section):
         return range(low, self.max_top_k + 1)
 
 
-class ModelConfig(Section):
-    """A causal decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+class HeadConfig(Section):
+    """A few numbers for a whole sequence, from a linear layer on its pooled final hidden states."""
 
+    outputs: PositiveInt = Field(description="numbers per sequence: classes, or 1 for a score")
+    pooling: Literal["mean", "first", "last"] = Field(
+        default="mean", description="of the hidden states of real tokens: their mean, or that of the first or last one"
+    )
+
+
+class ModelConfig(Section):
+    """A transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    type: Literal["decoder", "encoder"] = Field(
+        default="decoder", description="decoder: a token sees those before it; encoder: all tokens see each other"
+    )
+    head: HeadConfig | None = Field(
+        default=None, description="of a sequence task, in the place of the output layer; absent: a language model"
+    )
     num_layers: PositiveInt = Field(description="transformer layers")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     num_attention_heads: PositiveInt = Field(description="query heads")
@@ -230,11 +241,20 @@ class ModelConfig(Section):
             if not any(self.is_moe_layer(i) for i in range(self.num_layers)):
                 raise ValueError(f"moe.layer_freq ({freq}) makes none of the {self.num_layers} layers a MoE layer")
             router = self.moe.router
-            if isinstance(router, DAMoERouterConfig) and router.importance in NONCAUSAL_IMPORTANCE:
+            importance = router.importance if isinstance(router, DAMoERouterConfig) else None
+            if importance in NONCAUSAL_IMPORTANCE and self.type == "decoder":
                 raise ValueError(
-                    f"moe.router.importance ({router.importance}) looks at later tokens, so in a causal model the "
+                    f"moe.router.importance ({importance}) looks at later tokens, so in a causal model the "
                     f"routing of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _head_sees_the_sequence(self) -> ModelConfig:
+        if self.type == "decoder" and self.head is not None and self.head.pooling == "first":
+            raise ValueError(
+                "head.pooling (first) in a decoder: the first token sees nothing but itself; legal here: last, mean"
+            )
         return self
 
 
@@ -262,9 +282,9 @@ class ParallelConfig(Section):
 
 
 class BlendEntry(Section):
-    """One corpus of a blend: a Megatron .bin/.idx prefix and its weight."""
+    """One corpus of a blend: a Megatron .bin/.idx prefix and its weight; for sequence tasks a file of examples."""
 
-    path: str = Field(description="prefix of the .bin and .idx files")
+    path: str = Field(description="prefix of the .bin and .idx files; of sequence tasks, a .jsonl or .tsv file")
     weight: PositiveFloat = Field(default=1.0, description="share of the samples, relative to the other entries")
 
 
@@ -363,10 +383,15 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of parameters and activations; masters are fp32"
     )
+    objective: ObjectiveConfig = Field(default_factory=CausalLMConfig, description="what is learned; by `type`")
     seed: Count = 1234
     log_interval: PositiveInt = 10
     eval_interval: Count = Field(default=0, description="iterations between validations; 0: only at the end")
-    eval_iters: Count = Field(default=10, description="global batches per validation; 0: never")
+    eval_iters: Count = Field(
+        default=10,
+        description="global batches per validation; 0: never; sequence tasks (classify, regress) always read all of "
+        "their validation data",
+    )
     stop_after: PositiveInt | None = Field(
         default=None, description="leave cleanly after this iteration, with a checkpoint"
     )
@@ -387,6 +412,11 @@ class CheckpointConfig(Section):
         default=None,
         description="where to start when this run has no checkpoint of its own: a step folder, or a `checkpoints` or "
         "run folder (its newest)",
+    )
+    load_weights_only: bool = Field(
+        default=False,
+        description="of `load` take weights and controllers only: step 0, fresh optimizer, first sample; a head that "
+        "the checkpoint lacks starts from its initial values, and the log says so",
     )
 
 

@@ -6,7 +6,7 @@ Legend: T tokens of this rank, D hidden size, E experts (global), K the most exp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -32,6 +32,18 @@ class RoutingDecision:
     probs_TE: Tensor
     logits_TE: Tensor
     num_selected_T: Tensor
+
+    def without_padding(self, valid_T: Tensor) -> RoutingDecision:
+        """The same for real tokens; padding (False) gets no expert, no weight and no probability. Its logits stay, and
+        the z-loss must leave them out."""
+        real_T1 = valid_T[:, None]
+        return replace(
+            self,
+            expert_ids_TK=torch.where(real_T1, self.expert_ids_TK, -1),
+            weights_TK=self.weights_TK.masked_fill(~real_T1, 0.0),
+            probs_TE=self.probs_TE.masked_fill(~real_T1, 0.0),
+            num_selected_T=torch.where(valid_T, self.num_selected_T, 0),
+        )
 
 
 class ExpertCount(Protocol):

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetrain.config.objectives import MaskedLMConfig
 from moetrain.config.schema import RunConfig
 from moetrain.data.dataset import build_datasets
 from moetrain.data.loader import SampleDataset, unigram_entropy
+from moetrain.data.masking import MaskedDataset, mask_id
 from moetrain.data.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
 class RunData:
-    """`valid` and `unigram_entropy` (nats per token of the validation labels) are None without validation."""
+    """`valid` is None without validation, and `unigram_entropy` (nats per token of the validation labels) also for
+    sequence tasks. `valid_batches` is how many global batches a validation reads."""
 
     train: SampleDataset
     valid: SampleDataset | None
+    valid_batches: int
     tokenizer_fingerprint: str
     unigram_entropy: float | None
 
@@ -27,8 +31,10 @@ def open_data(config: RunConfig, rank: int) -> RunData:
     Raises:
         DataError: something is missing, damaged or does not fit; checked on every rank before any work starts.
     """
-    training = config.training
+    training, objective = config.training, config.training.objective
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if isinstance(objective, MaskedLMConfig):
+        mask_id(tokenizer)  # before minutes of indexing
     valid_samples = training.eval_iters * training.global_batch_size
     datasets = build_datasets(
         config.data,
@@ -40,6 +46,10 @@ def open_data(config: RunConfig, rank: int) -> RunData:
         Path(config.data.cache_dir or Path(config.run.dir) / "data-cache"),
         scan_tokens=rank == 0,
     )
-    assert datasets.train is not None
-    entropy = unigram_entropy(datasets.valid, valid_samples) if datasets.valid is not None else None
-    return RunData(datasets.train, datasets.valid, tokenizer.fingerprint, entropy)
+    train, valid = datasets.train, datasets.valid
+    assert train is not None
+    if isinstance(objective, MaskedLMConfig):
+        train = MaskedDataset(train, objective, tokenizer, training.seed, stream=0)
+        valid = MaskedDataset(valid, objective, tokenizer, training.seed, stream=1) if valid is not None else None
+    entropy = unigram_entropy(valid, valid_samples) if valid is not None else None
+    return RunData(train, valid, training.eval_iters, tokenizer.fingerprint, entropy)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from moetrain.optim.schedules import learning_rate
 from moetrain.runtime.preemption import StopRequest
 from moetrain.train.callback import Callback
 from moetrain.train.data import RunData
-from moetrain.train.metrics import EvalReport, RouterStats, StepReport, Throughput
+from moetrain.train.evaluation import summarize
+from moetrain.train.metrics import RouterStats, StepReport, Throughput
 from moetrain.train.state import collect_pieces, restore
 from moetrain.train.step import StepOutcome, TrainStep
 
@@ -145,11 +146,9 @@ class Trainer:
         self._evaluated_at = self.iteration
         start = time.perf_counter()
         batches = self._loader(self.data.valid, 0)
-        losses = [self.step.evaluate(next(batches)) for _ in range(self.config.training.eval_iters)]
-        loss = math.fsum(losses) / len(losses)
-        perplexity = math.exp(min(loss, 700.0))
-        entropy = self.data.unigram_entropy
-        self._call("on_evaluate", EvalReport(self.iteration, loss, perplexity, entropy, time.perf_counter() - start))
+        outcomes = [self.step.evaluate(next(batches)) for _ in range(self.data.valid_batches)]
+        report = summarize(outcomes, self.data, self.config.training.objective)
+        self._call("on_evaluate", replace(report, iteration=self.iteration, seconds=time.perf_counter() - start))
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
