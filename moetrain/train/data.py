@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.config.objectives import MaskedLMConfig
+from moetrain.config.objectives import ClassifyConfig, MaskedLMConfig, RegressConfig
 from moetrain.config.schema import RunConfig
 from moetrain.data.dataset import build_datasets
+from moetrain.data.examples import OrderedExamples, ShuffledExamples, read_examples
 from moetrain.data.loader import SampleDataset, unigram_entropy
 from moetrain.data.masking import MaskedDataset, mask_id
-from moetrain.data.tokenizers import load_tokenizer
+from moetrain.data.tokenizers import Tokenizer, load_tokenizer
+from moetrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ def open_data(config: RunConfig, rank: int) -> RunData:
     """
     training, objective = config.training, config.training.objective
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if isinstance(objective, ClassifyConfig | RegressConfig):
+        return _open_examples(config, objective, tokenizer)
     if isinstance(objective, MaskedLMConfig):
         mask_id(tokenizer)  # before minutes of indexing
     valid_samples = training.eval_iters * training.global_batch_size
@@ -53,3 +57,21 @@ def open_data(config: RunConfig, rank: int) -> RunData:
         valid = MaskedDataset(valid, objective, tokenizer, training.seed, stream=1) if valid is not None else None
     entropy = unigram_entropy(valid, valid_samples) if valid is not None else None
     return RunData(train, valid, training.eval_iters, tokenizer.fingerprint, entropy)
+
+
+def _open_examples(config: RunConfig, objective: ClassifyConfig | RegressConfig, tokenizer: Tokenizer) -> RunData:
+    model, training = config.model, config.training
+    assert model.head is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"model.vocab_size ({model.vocab_size}) must be at least data.tokenizer's vocabulary "
+            f"({tokenizer.vocab_size})"
+        )
+    how = (objective, tokenizer, model.seq_length, model.head.pooling == "first")
+    train = read_examples([Path(entry.path) for entry in config.data.train], *how)
+    shuffled = ShuffledExamples(train, training.train_iters * training.global_batch_size, training.seed)
+    if not training.eval_iters:
+        return RunData(shuffled, None, 0, tokenizer.fingerprint, None)
+    valid = read_examples([Path(entry.path) for entry in config.data.valid], *how)
+    ordered = OrderedExamples(valid, training.global_batch_size)
+    return RunData(shuffled, ordered, ordered.batches, tokenizer.fingerprint, None)

@@ -14,7 +14,7 @@ from moetrain.train.setup import build_step
 
 STEPS = 3
 MASK = 63
-ROUTER = {"type": "da_moe", "importance": "col_max", "mean_k": 2.0}
+ROUTER = {"type": "da_moe", "importance": "col_max", "mean_k": 2.0, "controller_rate": 1.5}
 HEAD = {"outputs": 3, "pooling": "mean"}
 
 
@@ -22,6 +22,7 @@ def encoder_config(layout: Layout = SINGLE, zero: int = 1, tied: bool = False, *
     """The model of the parity table as a masked language model: DA-MoE by `col_max`, and HyperMoE."""
     settings: dict[str, Any] = {
         "model__type": "encoder",
+        "model__init_method_std": 0.25,  # flat attention would give every token the same importance
         "model__moe__router": ROUTER,
         "training__objective": {"type": "masked_lm"},
         # Adam makes a whole step of a gradient that is nothing but rounding, unless eps is above it.
@@ -50,8 +51,9 @@ def batch_of(step: int, config: RunConfig, data_rank: int, data_size: int) -> li
     stride = torch.randint(1, 4, (size, 1), generator=generator)
     rows = (start + stride * torch.arange(length)) % 60
     if config.model.head is None:
-        hidden = torch.rand(size, length, generator=generator) < torch.arange(size)[:, None] / (2 * size)
-        parts = {"tokens": rows.masked_fill(hidden, MASK), "labels": rows, "weights": hidden.float()}
+        draw, share = torch.rand(size, length, generator=generator), torch.arange(size)[:, None] / (2 * size)
+        tokens = rows.masked_fill(draw < 0.7 * share, MASK)  # the rest is predicted though it is there to see
+        parts = {"tokens": tokens, "labels": rows, "weights": (draw < share).float()}
     else:
         lengths = torch.randint(3, length + 1, (size, 1), generator=generator)
         valid = torch.arange(length) < lengths
