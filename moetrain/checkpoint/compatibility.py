@@ -26,6 +26,7 @@ _MODEL_MAY_CHANGE = frozenset(
 # Where and on what a run runs; how often it speaks. Layout independence is the point of the format.
 _SILENT = ("run.", "parallel.", "zero.", "checkpoint.", "runtime.", "training.")
 _TRAINING_TO_TELL = frozenset({"training.seed", "training.global_batch_size", "training.precision"})
+_OBJECTIVE = "training.objective."
 _ABSENT = object()
 
 
@@ -34,20 +35,23 @@ def check_config(
     current: dict[str, Any],
     saved_tokenizer: str | None = None,
     current_tokenizer: str | None = None,
+    weights_only: bool = False,
 ) -> list[str]:
     """Compare the resolved configurations of a checkpoint and of the run that wants to load it.
 
     Returns notes on legal differences that change how training goes on (data, optimizer, batch size, seed, ...), one
     sentence each. CheckpointError lists every difference under `model` that makes the weights mean something else,
-    and tokenizer fingerprints that differ (compared when both are given).
+    and tokenizer fingerprints that differ (compared when both are given). With `weights_only` the run starts anew from
+    the weights: then the head and the length of sequences may be others.
     """
+    may_change = _MODEL_MAY_CHANGE | (_of_a_new_start(current) if weights_only else frozenset())
     contradictions: list[str] = []
     notes: list[str] = []
     for path, before, now in _differences(saved, current, ""):
         told = f"{path}: {_show(before)} in the checkpoint, {_show(now)} in this run"
-        if path == "model" or (path.startswith("model.") and path not in _MODEL_MAY_CHANGE):
+        if path == "model" or (path.startswith("model.") and path not in may_change):
             contradictions.append(told)
-        elif path in _TRAINING_TO_TELL or not path.startswith(_SILENT):
+        elif path in _TRAINING_TO_TELL or path.startswith(_OBJECTIVE) or not path.startswith(_SILENT):
             notes.append(told)
     if None not in (saved_tokenizer, current_tokenizer) and saved_tokenizer != current_tokenizer:
         contradictions.append(
@@ -58,6 +62,14 @@ def check_config(
             "the checkpoint belongs to another model; make these equal or start a new run: " + "; ".join(contradictions)
         )
     return notes
+
+
+def _of_a_new_start(current: dict[str, Any]) -> frozenset[str]:
+    """Settings of the model that may differ when only weights are taken."""
+    head = {"model.head", "model.head.outputs", "model.head.pooling", "model.seq_length"}
+    # A head stands where the output layer was, so it makes no difference whether that was tied.
+    tied = {"model.share_embeddings_and_output_weights"} if current["model"].get("head") is not None else set()
+    return frozenset(head | tied)
 
 
 def _differences(saved: Any, current: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -54,6 +54,7 @@ def tokenizer(
     model_type: Annotated[ModelType, typer.Option(help="bpe trains faster, unigram encodes faster")] = ModelType.bpe,
     sample_bytes: Annotated[int | None, typer.Option(min=1, help="train on about this much of the input")] = None,
     json_key: Annotated[str, typer.Option(help="key of the text in a .jsonl line")] = "text",
+    mask_token: Annotated[bool, typer.Option("--mask-token", help="reserve <mask>, which masked_lm needs")] = False,
 ) -> None:
     """Train a sentencepiece tokenizer that gives every text back exactly."""
     from moetrain.data.documents import check_inputs, read_texts, sample_texts
@@ -63,7 +64,7 @@ def tokenizer(
     texts = read_texts(inputs, json_key)
     if sample_bytes is not None:
         texts = sample_texts(texts, sample_bytes / max(total, 1))
-    trained = train_sentencepiece(texts, output, vocab_size, model_type.value)
+    trained = train_sentencepiece(texts, output, vocab_size, model_type.value, mask_token=mask_token)
     typer.echo(
         f"{output}.model: {trained.vocab_size} pieces, end of document {trained.eod}, SHA-256 {trained.fingerprint}"
     )

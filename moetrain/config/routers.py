@@ -18,7 +18,7 @@ from moetrain.config.section import PositiveFloat, PositiveInt, Section
 from moetrain.errors import ConfigError
 
 CAUSAL_IMPORTANCE = ("self_weight", "row_max", "row_entropy")
-NONCAUSAL_IMPORTANCE = ("col_max",)
+NONCAUSAL_IMPORTANCE = ("col_max", "col_sum")
 
 Gates = Literal["raw", "renormalized"]
 
@@ -100,8 +100,9 @@ class DAMoERouterConfig(RouterConfig):
     implementation = "moetrain.moe.routers.da_moe:DAMoERouter"
 
     type: Literal["da_moe"] = "da_moe"
-    importance: Literal["self_weight", "row_max", "row_entropy", "col_max"] = Field(
-        default="self_weight", description="attention statistic, averaged over heads; col_max looks at the future"
+    importance: Literal["self_weight", "row_max", "row_entropy", "col_max", "col_sum"] = Field(
+        default="self_weight",
+        description="attention statistic, averaged over heads; col_max and col_sum look at the future: encoders only",
     )
     budget: Literal["mean_k", "paper"] = "mean_k"
     mean_k: PositiveFloat = Field(default=2.0, description="target mean number of experts per token (budget: mean_k)")
@@ -116,6 +117,11 @@ class DAMoERouterConfig(RouterConfig):
 
     @model_validator(mode="after")
     def _budget_is_reachable(self) -> DAMoERouterConfig:
+        if self.budget == "paper" and self.importance == "col_sum":
+            raise ValueError(
+                "importance (col_sum) is the weight that a token gets in all and no share of one, so budget paper, "
+                "ceil(I * num_experts), would give most tokens every expert; legal with it: budget mean_k"
+            )
         top = self.max_k if self.max_k is not None else float("inf")
         if self.min_k > top:
             raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moetrain.config.objectives import CausalLMConfig, MaskedLMConfig
+
 if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
 
@@ -14,6 +16,7 @@ def section_problems(config: RunConfig) -> Iterator[str]:
     set."""
     yield from _shard_problems(config)
     yield from _combination_problems(config)
+    yield from _objective_problems(config)
     yield from _schedule_problems(config)
 
 
@@ -61,8 +64,45 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
             f"training.micro_batch_size ({train.micro_batch_size}) must divide "
             f"training.global_batch_size ({train.global_batch_size})"
         )
+    if config.checkpoint.load_weights_only and config.checkpoint.load is None:
+        yield "checkpoint.load_weights_only: true needs checkpoint.load"
     if config.runtime.device == "cpu" and config.runtime.backend == "nccl":
         yield "runtime.backend nccl needs runtime.device cuda; legal with cpu: gloo"
+
+
+def _objective_problems(config: RunConfig) -> Iterator[str]:
+    """Whether the model can learn what the run is for, from the data that it names."""
+    model, data, training = config.model, config.data, config.training
+    objective = training.objective
+    if objective.type == "causal_lm" and model.type == "encoder":
+        yield (
+            "training.objective.type (causal_lm) with model.type (encoder): every token would see the one that it "
+            "must predict; legal with it: masked_lm, classify, regress"
+        )
+    if objective.type == "masked_lm" and model.type == "decoder":
+        yield (
+            "training.objective.type (masked_lm) with model.type (decoder): a token is predicted from both sides, and "
+            "a decoder sees one; legal with it: causal_lm, classify, regress"
+        )
+    if isinstance(objective, CausalLMConfig | MaskedLMConfig):
+        if model.head is not None:
+            yield f"model.head stands where training.objective.type ({objective.type}) needs the output layer"
+        return
+    outputs = model.head.outputs if model.head is not None else None
+    if outputs != objective.outputs:
+        has = "no model.head" if outputs is None else f"{outputs}"
+        yield (
+            f"training.objective.type ({objective.type}) needs model.head.outputs: {objective.outputs}; there is {has}"
+        )
+    if any(entry.weight != 1.0 for entry in (*data.train, *data.valid)):
+        yield f"data: weights other than 1 mean nothing to training.objective.type ({objective.type})"
+    if not data.valid and training.eval_iters:
+        yield (
+            f"training.objective.type ({objective.type}) never cuts data.train; name data.valid, or set "
+            "training.eval_iters: 0"
+        )
+    if config.zero.stage == 3:
+        yield f"zero.stage (3) with training.objective.type ({objective.type}) is not supported; legal: 0, 1, 2"
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:

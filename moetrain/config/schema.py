@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moetrain.config.objectives import CausalLMConfig, ObjectiveConfig
 from moetrain.config.routers import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE, AnyRouter, TopKRouterConfig
 from moetrain.config.rules import section_problems
 from moetrain.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
@@ -95,9 +96,24 @@ class MoEConfig(Section):
         return self.router.expected_mean_k(self.num_experts)
 
 
-class ModelConfig(Section):
-    """A causal decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+class HeadConfig(Section):
+    """A few numbers for a whole sequence, from a linear layer on its pooled final hidden states."""
 
+    outputs: PositiveInt = Field(description="numbers per sequence: classes, or 1 for a score")
+    pooling: Literal["mean", "first", "last"] = Field(
+        default="mean", description="of the hidden states of real tokens: their mean, or that of the first or last one"
+    )
+
+
+class ModelConfig(Section):
+    """A transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    type: Literal["decoder", "encoder"] = Field(
+        default="decoder", description="decoder: a token sees those before it; encoder: all tokens see each other"
+    )
+    head: HeadConfig | None = Field(
+        default=None, description="of a sequence task, in the place of the output layer; absent: a language model"
+    )
     num_layers: PositiveInt = Field(description="transformer layers")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     num_attention_heads: PositiveInt = Field(description="query heads")
@@ -158,11 +174,19 @@ class ModelConfig(Section):
             if not any(self.is_moe_layer(i) for i in range(self.num_layers)):
                 raise ValueError(f"moe.layer_freq ({freq}) makes none of the {self.num_layers} layers a MoE layer")
             measure = self.moe.router.attention_measure
-            if measure in NONCAUSAL_IMPORTANCE:
+            if measure in NONCAUSAL_IMPORTANCE and self.type == "decoder":
                 raise ValueError(
                     f"moe.router.importance ({measure}) looks at later tokens, so in a causal model the "
                     f"routing of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _head_sees_the_sequence(self) -> ModelConfig:
+        if self.type == "decoder" and self.head is not None and self.head.pooling == "first":
+            raise ValueError(
+                "head.pooling (first) in a decoder: the first token sees nothing but itself; legal here: last, mean"
+            )
         return self
 
 
@@ -190,9 +214,9 @@ class ParallelConfig(Section):
 
 
 class BlendEntry(Section):
-    """One corpus of a blend: a Megatron .bin/.idx prefix and its weight."""
+    """One corpus of a blend: a Megatron .bin/.idx prefix and its weight; for sequence tasks a file of examples."""
 
-    path: str = Field(description="prefix of the .bin and .idx files")
+    path: str = Field(description="prefix of the .bin and .idx files; of sequence tasks, a .jsonl or .tsv file")
     weight: PositiveFloat = Field(default=1.0, description="share of the samples, relative to the other entries")
 
 
@@ -291,10 +315,15 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of parameters and activations; masters are fp32"
     )
+    objective: ObjectiveConfig = Field(default_factory=CausalLMConfig, description="what is learned; by `type`")
     seed: Count = 1234
     log_interval: PositiveInt = 10
     eval_interval: Count = Field(default=0, description="iterations between validations; 0: only at the end")
-    eval_iters: Count = Field(default=10, description="global batches per validation; 0: never")
+    eval_iters: Count = Field(
+        default=10,
+        description="global batches per validation; 0: never; sequence tasks (classify, regress) always read all of "
+        "their validation data",
+    )
     stop_after: PositiveInt | None = Field(
         default=None, description="leave cleanly after this iteration, with a checkpoint"
     )
@@ -315,6 +344,11 @@ class CheckpointConfig(Section):
         default=None,
         description="where to start when this run has no checkpoint of its own: a step folder, or a `checkpoints` or "
         "run folder (its newest)",
+    )
+    load_weights_only: bool = Field(
+        default=False,
+        description="of `load` take weights and controllers only: step 0, fresh optimizer, first sample; a head that "
+        "the checkpoint lacks starts from its initial values, and the log says so",
     )
 
 

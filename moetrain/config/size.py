@@ -60,16 +60,19 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
     yield "decoder.final_layernorm.weight", (d,)
     if model.moe is not None and model.moe.hyper is not None:
         yield from _hypernetwork_shapes(model.moe.hyper, model.num_layers, d)
-    if not model.share_embeddings_and_output_weights:
+    if model.head is not None:
+        yield from _linear("head", model.head.outputs, d)
+    elif not model.share_embeddings_and_output_weights:
         yield "output_layer.weight", (model.vocab_size, d)
 
 
 def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     """Floating-point operations per token for forward and backward: three times the forward pass.
 
-    Counted: matrix products, 2 per multiply-add, with causal attention's scores and values at the mean visible length
-    seq_length / 2. Not counted: norms, softmax, rotary positions, activation recompute, the optimizer. `mean_k` is the
-    mean number of experts per token (default: `MoEConfig.expected_mean_k`).
+    Counted: matrix products, 2 per multiply-add, with attention's scores and values at the mean visible length, which
+    is seq_length in an encoder and seq_length / 2 in a decoder. Not counted: a head (once per sequence), norms,
+    softmax, rotary positions, activation recompute, the optimizer. `mean_k` is the mean number of experts per token
+    (default: `MoEConfig.expected_mean_k`).
 
     HyperMoE is counted in its grouped form in the limit of many tokens per selected set: each token pays for its two
     bottleneck products (4 * d * r); generating the matrices is paid once per distinct set and is left out. That is the
@@ -77,9 +80,10 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     """
     d, width = model.hidden_size, model.num_attention_heads * model.head_dim
     qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
-    attention = 2 * d * (qkv_rows + width) + 2 * model.seq_length * width
+    visible_twice = model.seq_length * (2 if model.type == "encoder" else 1)
+    attention = 2 * d * (qkv_rows + width) + 2 * visible_twice * width
     dense_mlp = 6 * d * model.ffn_hidden_size
-    forward = 2.0 * d * model.vocab_size
+    forward = 2.0 * d * model.vocab_size if model.head is None else 0.0
     for i in range(model.num_layers):
         moe = model.moe if model.is_moe_layer(i) else None
         forward += attention
@@ -121,7 +125,7 @@ def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int
 
 
 def _part_of(name: str) -> str:
-    if name.startswith(("embedding.", "output_layer.")):
+    if name.startswith(("embedding.", "output_layer.", "head.")):
         return "embedding"
     if name.startswith("hypernetwork.") or ".hyper." in name:
         return "hyper"

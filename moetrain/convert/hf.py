@@ -163,6 +163,7 @@ def _plan(checkpoint: Checkpoint, dtype: str, max_shard_size: str) -> _Plan:
     if dtype not in DTYPES:
         raise ConversionError(f"dtype is {dtype!r}; legal: {', '.join(DTYPES)}")
     run = run_config(checkpoint.config)
+    _refuse_all_but_causal_models(run)
     param_map = ParamMap(run.model)
     targets = param_map.theirs()
     dtypes = {name: torch.float32 if target.keep_fp32 else DTYPES[dtype] for name, target in targets.items()}
@@ -210,6 +211,17 @@ def _write_configs(run: RunConfig, dtype: str, facts: TokenizerFacts, folder: Pa
 
 
 # --- refusals and the folder ----------------------------------------------------------------------------------------
+
+
+def _refuse_all_but_causal_models(run: RunConfig) -> None:
+    """The modelling files are those of a causal language model; they would compute something else in silence."""
+    if run.model.type != "decoder":
+        raise ConversionError(f"model.type is {run.model.type}; only decoders can be exported to Hugging Face so far")
+    if run.model.head is not None:
+        raise ConversionError(
+            f"the model has a head (model.head.outputs: {run.model.head.outputs}); only language models can be "
+            "exported to Hugging Face so far"
+        )
 
 
 def _refuse_nonempty(out: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import log
 from typing import Protocol, Self
 
@@ -19,7 +19,7 @@ from moetrain.errors import DataError, LayoutError
 
 
 class SampleDataset(Protocol):
-    """Sequences by number. A sample holds `tokens` and `labels`, int64 [seq_length], labels one token ahead."""
+    """Sequences by number. A sample holds the parts of a `MicroBatch` that are not None, each for one sequence."""
 
     def __len__(self) -> int: ...
 
@@ -28,10 +28,20 @@ class SampleDataset(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`tokens` and `labels`, int64 [micro_batch_size, seq_length] in host memory; labels are one token ahead."""
+    """What the model reads and must tell, in host memory; B sequences of S tokens.
+
+    Attributes:
+        tokens: int64 [B, S].
+        labels: int64 [B, S]: the tokens one ahead (causal) or those that were hidden (masked); of sequence tasks [B],
+            int64 classes or fp32 scores.
+        weights: fp32, shaped as the labels: 1 where a label counts in the loss, 0 where not. None: all count.
+        valid: bool [B, S], True = a real token, which come first; False = padding. None: no padding.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
 
 
 def global_batch_indices(consumed: int, global_batch_size: int) -> range:
@@ -132,7 +142,8 @@ class BatchLoader:
 
     def _micro_batch(self, indices: list[int]) -> MicroBatch:
         samples = [self._dataset[index] for index in indices]
-        return MicroBatch(*(torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels")))
+        parts = (part.name for part in fields(MicroBatch) if part.name in samples[0])
+        return MicroBatch(**{name: torch.stack([sample[name] for sample in samples]) for name in parts})
 
     def close(self) -> None:
         """End the reading thread; the loader gives no further step."""
@@ -150,13 +161,16 @@ def unigram_entropy(dataset: SampleDataset, max_samples: int) -> float:
     """Entropy of the labels' own unigram distribution, in nats per token: H = - sum_v (c_v / N) ln(c_v / N).
 
     c_v counts token v among the N labels of the first `max_samples` samples (or of all, if fewer). No model that
-    ignores context can have a lower mean loss on these labels, so a loss below H shows that the context is used.
+    ignores context can have a lower mean loss on these labels, so a loss below H shows that the context is used. Labels
+    of weight 0 do not count.
 
     Errors: DataError when there is no sample.
     """
     counts: Counter[int] = Counter()
     for index in range(min(max_samples, len(dataset))):
-        values, occurrences = dataset[index]["labels"].unique(return_counts=True)
+        sample = dataset[index]
+        counted = sample["labels"][sample["weights"] > 0] if "weights" in sample else sample["labels"]
+        values, occurrences = counted.unique(return_counts=True)
         counts.update(dict(zip(values.tolist(), occurrences.tolist(), strict=True)))
     total = counts.total()
     if total == 0:

@@ -14,14 +14,16 @@ import tokenizers
 from moetrain.config.schema import TokenizerConfig
 from moetrain.errors import DataError
 
+MASK_TOKENS = ("<mask>", "[MASK]")
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
 class Tokenizer(Protocol):
     """What the rest of the project may know of a tokenizer.
 
-    `vocab_size` is one more than the largest id; `eod` ends a document; `bos` and `pad` are None where the tokenizer
-    has none; `fingerprint` is the SHA-256, in hexadecimal, of the model file's bytes.
+    `vocab_size` is one more than the largest id; `eod` ends a document; `bos`, `pad` and `mask` (which hides a token
+    from a masked language model) are None where the tokenizer has none; `fingerprint` is the SHA-256, in hexadecimal,
+    of the model file's bytes.
     """
 
     @property
@@ -32,6 +34,8 @@ class Tokenizer(Protocol):
     def bos(self) -> int | None: ...
     @property
     def pad(self) -> int | None: ...
+    @property
+    def mask(self) -> int | None: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -63,6 +67,8 @@ class SentencePieceTokenizer:
         self.eod = int(self._processor.eos_id())
         self.bos = _id_or_none(self._processor.bos_id())
         self.pad = _id_or_none(self._processor.pad_id())
+        known = (self._processor.piece_to_id(piece) for piece in MASK_TOKENS)
+        self.mask = next((int(i) for i in known if i != self._processor.unk_id()), None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special token added."""
@@ -77,7 +83,7 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, run by the `tokenizers` package."""
 
     def __init__(self, model: bytes, named: dict[str, Any], where: str = "<bytes>") -> None:
-        """`named` gives the tokens of a tokenizer_config.json by role: eos_token, bos_token, pad_token."""
+        """`named` gives the tokens of a tokenizer_config.json by role: eos_token, bos_token, pad_token, mask_token."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # the package raises nothing more precise
@@ -90,6 +96,8 @@ class HuggingFaceTokenizer:
         self.eod = self._end_of_document(vocabulary, _content(named.get("eos_token")), where)
         self.bos = vocabulary.get(_content(named.get("bos_token")) or "")
         self.pad = vocabulary.get(_content(named.get("pad_token")) or "")
+        masks = (_content(named.get("mask_token")) or "", *MASK_TOKENS)
+        self.mask = next((vocabulary[token] for token in masks if token in vocabulary), None)
 
     def _end_of_document(self, vocabulary: dict[str, int], eos: str | None, where: str) -> int:
         for token in (eos,) if eos else END_TOKENS:
@@ -109,6 +117,11 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens included."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def special_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that are no text: end of document, and beginning, padding and mask where there are such."""
+    return sorted({i for i in (tokenizer.eod, tokenizer.bos, tokenizer.pad, tokenizer.mask) if i is not None})
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -11,7 +11,7 @@ from typing import Literal
 import sentencepiece
 
 from moetrain.data.atomic import staged
-from moetrain.data.tokenizers import SentencePieceTokenizer
+from moetrain.data.tokenizers import MASK_TOKENS, SentencePieceTokenizer
 from moetrain.errors import DataError
 
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
@@ -27,12 +27,14 @@ def train_sentencepiece(
     vocab_size: int,
     model_type: Literal["unigram", "bpe"] = "bpe",
     character_coverage: float = 0.9995,
+    mask_token: bool = False,
 ) -> SentencePieceTokenizer:
     """Train on `texts` and write `<out_prefix>.model`; the same texts in the same order give the same bytes.
 
     Text is not normalized, no space is added or dropped, and what the pieces do not cover becomes byte pieces, so
     decode(encode(text)) == text (see SentencePieceTokenizer). `bpe` trains about ten times faster than `unigram` and
-    compresses source code alike; `unigram` encodes about three times faster. Memory: all texts.
+    compresses source code alike; `unigram` encodes about three times faster. `mask_token` reserves `<mask>` for masked
+    language models, as a control piece: text that spells it stays text. Memory: all texts.
 
     Errors: DataError when the texts cannot give `vocab_size` pieces, or the output exists.
     """
@@ -56,6 +58,7 @@ def train_sentencepiece(
                 bos_id=BOS,
                 eos_id=EOS,
                 pad_id=PAD,
+                control_symbols=list(MASK_TOKENS[:1]) if mask_token else [],
                 num_threads=1,  # sums of floats depend on how threads share the work
                 minloglevel=2,
             )

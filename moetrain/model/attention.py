@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch.distributed as dist
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,10 +17,14 @@ from moetrain.ops import attention_with_importance
 
 
 class ImportanceAttention(nn.Module):
-    """Causal scaled-dot-product attention in Megatron's `core_attention` slot.
+    """Scaled-dot-product attention in Megatron's `core_attention` slot, causal or over the whole sequence.
 
     With a `measure`, each forward also computes the tokens' importance and keeps it until `take_importance`: Megatron's
-    attention module returns one tensor only, and the MoE layer of the same transformer layer asks for it next.
+    attention module returns one tensor only, and the MoE layer of the same transformer layer asks for it next. The mask
+    of a padded batch is kept until `take_valid` for the same reason.
+
+    `attention_mask` is not Megatron's [1, 1, S, S] but [B, S], True = a real token: Megatron hands it through from the
+    model's call to here unchanged. Padding is seen by nobody and sees nothing.
     """
 
     def __init__(
@@ -40,7 +45,9 @@ class ImportanceAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.causal = attn_mask_type is not AttnMaskType.padding
         self._importance_SB: Tensor | None = None
+        self._valid_SB: Tensor | None = None
 
     def forward(
         self,
@@ -56,16 +63,20 @@ class ImportanceAttention(nn.Module):
 
         Communication: with a measure, an all-reduce of [S, B] fp32 over the tensor ranks, which split the heads.
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        if self.measure is not None:
+        assert attention_bias is None and packed_seq_params is None
+        valid_BS = attention_mask
+        self._valid_SB = None if valid_BS is None else valid_BS.t()
+        if self.measure is not None or valid_BS is not None:
+            # Our operator also where only the mask asks for it: torch's makes NaN of a row that sees nothing.
             context, total_SB = attention_with_importance(
-                query_SBHd, key_SBGd, value_SBGd, self.measure, causal=True, scale=self.scale
+                query_SBHd, key_SBGd, value_SBGd, self.measure or "self_weight", self.causal, self.scale, valid_BS
             )
-            self._importance_SB = self._mean_over_heads(total_SB)
+            if self.measure is not None:
+                self._importance_SB = self._mean_over_heads(total_SB)
             return context.flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBHd, key_SBGd, value_SBGd))
         grouped = q.shape[1] != k.shape[1]
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def take_importance(self) -> Tensor | None:
@@ -73,6 +84,12 @@ class ImportanceAttention(nn.Module):
         of all tensor ranks; None without a measure. Handed out once."""
         importance_SB, self._importance_SB = self._importance_SB, None
         return importance_SB
+
+    def take_valid(self) -> Tensor | None:
+        """Which tokens of the last forward are real, bool [S, B] over the whole sequence; None if all. Handed out
+        once."""
+        valid_SB, self._valid_SB = self._valid_SB, None
+        return valid_SB
 
     def _mean_over_heads(self, total_SB: Tensor) -> Tensor:
         if self.tensor_group.size() > 1:

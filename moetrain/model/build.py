@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -18,6 +20,7 @@ from torch import nn
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
+from moetrain.model.sequence_head import SequenceModel
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.hyper import HyperNetwork
 from moetrain.moe.layer import MoELayer
@@ -40,7 +43,8 @@ def build_chunks(
     chunks = []
     for chunk in range(layout.virtual_pipeline):
         layers = layout.layers_of(model.num_layers, stage, chunk)
-        decoder = Decoder(
+        kind = Decoder if model.head is None else partial(SequenceModel, head=model.head)
+        decoder = kind(
             config,
             _block_spec(model, layers, groups, hypernetwork),  # pyright: ignore[reportArgumentType]
             vocab_size=model.vocab_size,
@@ -144,6 +148,7 @@ def _layer_spec(
         fc = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = ModuleSpec(module=MLP, submodules=fc)
         layer_class = TransformerLayer
+    mask = AttnMaskType.causal if model.type == "decoder" else AttnMaskType.padding
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=ModuleSpec(
@@ -157,9 +162,7 @@ def _layer_spec(
         module=layer_class,
         submodules=TransformerLayerSubmodules(
             input_layernorm=ParallelRMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=ParallelRMSNorm,
             mlp=mlp,

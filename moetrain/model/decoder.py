@@ -27,7 +27,8 @@ class ParallelRMSNorm(nn.Module):
 
 
 class MoETransformerLayer(TransformerLayer):
-    """A transformer layer whose MLP slot also receives the tokens' importance from this layer's attention."""
+    """A transformer layer whose MLP slot also receives, from this layer's attention, the tokens' importance and which
+    of them are real."""
 
     def _forward_mlp(
         self, hidden_states: Tensor, inference_context: object = None, padding_mask: Tensor | None = None
@@ -35,14 +36,17 @@ class MoETransformerLayer(TransformerLayer):
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         attention = self.self_attention.core_attention
         assert isinstance(attention, ImportanceAttention)
-        output = self.mlp(normed, attention.take_importance())
+        output = self.mlp(normed, attention.take_importance(), attention.take_valid())
         result = self._forward_post_mlp((output, None), hidden_states)
         assert isinstance(result, Tensor)
         return result
 
 
 class Decoder(GPTModel):
-    """GPTModel whose tied weights start equal by seeded initialisation and are summed by our optimizer, so Megatron's
+    """A chunk of the model: of a decoder, or of an encoder, which differs in the mask of its attention alone and keeps
+    the names of the parameters.
+
+    A GPTModel whose tied weights start equal by seeded initialisation and are summed by our optimizer, so Megatron's
     own start-up all-reduce of the embedding (which also moves it to CUDA) has nothing to do."""
 
     def setup_embeddings_and_output_layer(self) -> None: ...

@@ -124,7 +124,7 @@ def _tensor_split(
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
     """Whether each tensor rank sees only its own tokens' gradient of this replicated parameter."""
     in_moe_block = ".mlp.router." in name or ".mlp.hyper." in name or name.startswith("hypernetwork.")
-    return in_moe_block or sequence_parallel
+    return in_moe_block or (sequence_parallel and not name.startswith("head."))
 
 
 @torch.no_grad()
@@ -173,6 +173,7 @@ def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
     hyper = model.moe.hyper if model.moe else None
     table: list[tuple[str, str, float]] = [
         ("*layernorm.weight", "constant", 1.0),
+        ("head.bias", "constant", 0.0),
         ("*.linear_proj.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.linear_fc2.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.experts.fc2", "normal", std / math.sqrt(2 * model.num_layers)),

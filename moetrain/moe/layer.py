@@ -57,12 +57,14 @@ class MoELayer(nn.Module):
         self._hypernetwork = (hypernetwork,)
         self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics)
 
-    def forward(self, x_SBD: Tensor, importance_SB: Tensor | None) -> Tensor:
+    def forward(self, x_SBD: Tensor, importance_SB: Tensor | None, valid_SB: Tensor | None = None) -> Tensor:
         """[S, B, D] -> [S, B, D].
 
         Args:
             x_SBD: normalised hidden states; this rank's part of the sequence under sequence parallelism, else all.
             importance_SB: fp32 importance of every token of the whole sequence, or None for routers without it.
+            valid_SB: bool, True = a real token, of the whole sequence; None: all are. Padding gets no expert and no
+                hyper-expert, and counts in no loss and no statistic.
 
         Communication: the dispatch's gather of counts and all-to-alls over the expert ranks; the balance loss's
         all-reduce and, without sequence parallelism, a gather over the tensor ranks.
@@ -71,11 +73,16 @@ class MoELayer(nn.Module):
         if scatter:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
-        decision = self.router(x_TD, self._context(x_SBD.shape, importance_SB))
+        valid_T = self._local(valid_SB, x_SBD.shape[0])
+        decision = self.router(x_TD, self._context(x_SBD.shape, importance_SB, valid_T))
+        if valid_T is not None:
+            decision = decision.without_padding(valid_T)
         dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
         # Work of the tokens' home rank, while their rows travel.
         hyper_TD = self._hyper_expert(x_TD, decision)
-        losses = self._losses(decision, x_SBD.shape[:2]) if self.training else None
+        if hyper_TD is not None and valid_T is not None:
+            hyper_TD = hyper_TD.masked_fill(~valid_T[:, None], 0.0)
+        losses = self._losses(decision, x_SBD.shape[:2], valid_SB) if self.training else None
         experts_TD = self.dispatcher.finish(dispatch, decision.weights_TK, self.experts)
         output_TD = experts_TD if hyper_TD is None else experts_TD + hyper_TD
         if losses is not None:
@@ -83,7 +90,7 @@ class MoELayer(nn.Module):
             if self._is_first_pass():
                 self.telemetry.add(
                     dispatch.plan.tokens_per_expert_E,
-                    decision.num_selected_T,
+                    decision.num_selected_T if valid_T is None else decision.num_selected_T[valid_T],
                     decision.statistics,
                     balance,
                     z_loss,
@@ -107,22 +114,31 @@ class MoELayer(nn.Module):
         assert network is not None
         return self.hyper(x_TD, decision.expert_ids_TK, network)
 
-    def _context(self, shape_SBD: torch.Size, importance_SB: Tensor | None) -> RoutingContext:
+    def _context(
+        self, shape_SBD: torch.Size, importance_SB: Tensor | None, valid_T: Tensor | None
+    ) -> RoutingContext:
         """Of this rank's part of the sequences."""
         local_length, sequences, _ = shape_SBD
-        start = self.groups.coordinates.tensor * local_length
-        if importance_SB is not None:
-            importance_SB = importance_SB[start : start + local_length].reshape(-1)
         return RoutingContext(
             local_length=local_length,
             sequences=sequences,
             length=local_length * self.groups.tensor.size(),
-            start=start,
-            importance_T=importance_SB,
+            start=self.groups.coordinates.tensor * local_length,
+            importance_T=self._local(importance_SB, local_length),
+            valid_T=valid_T,
         )
 
-    def _losses(self, decision: RoutingDecision, shape_SB: torch.Size) -> tuple[Tensor, Tensor]:
-        length = shape_SB[0] * self.groups.tensor.size()
+    def _local(self, whole_SB: Tensor | None, local_length: int) -> Tensor | None:
+        """What a tensor over the whole sequence says of this rank's tokens, [T]."""
+        if whole_SB is None:
+            return None
+        start = self.groups.coordinates.tensor * local_length
+        return whole_SB[start : start + local_length].reshape(-1)
+
+    def _losses(
+        self, decision: RoutingDecision, shape_SB: torch.Size, valid_SB: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        length = shape_SB[0] * self.groups.tensor.size() if valid_SB is None else valid_SB.sum(dim=0).clamp(min=1)
         probs_SBE = decision.probs_TE.view(*shape_SB, -1)
         # Unused slots (-1) count into an extra column that is cut off.
         ids_TK = decision.expert_ids_TK
@@ -131,7 +147,9 @@ class MoELayer(nn.Module):
         selected_TE.scatter_(1, torch.where(ids_TK < 0, num_experts, ids_TK), 1.0)
         selected_SBE = selected_TE[:, :num_experts].view(*shape_SB, -1)
         balance = load_balance_loss(probs_SBE, selected_SBE, length, self.groups.tensor)
-        return balance, router_z_loss(decision.logits_TE.view(*shape_SB, -1), length)
+        local_SB = self._local(valid_SB, shape_SB[0])
+        real_SB = None if local_SB is None else local_SB.view(shape_SB)
+        return balance, router_z_loss(decision.logits_TE.view(*shape_SB, -1), length, real_SB)
 
     def _is_first_pass(self) -> bool:
         """Whether this is the forward pass and not its recomputation, which must not be counted again.

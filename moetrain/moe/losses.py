@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def load_balance_loss(
-    probs_SBE: Tensor, selected_SBE: Tensor, sequence_length: int, tensor_group: dist.ProcessGroup
+    probs_SBE: Tensor, selected_SBE: Tensor, sequence_length: int | Tensor, tensor_group: dist.ProcessGroup
 ) -> Tensor:
     """E * sum_e f_e P_e per sequence, averaged over the B sequences (Switch, arXiv 2101.03961 eq. 4-6).
 
@@ -19,9 +19,10 @@ def load_balance_loss(
     tokens have different numbers of experts; P_e is the mean router probability. f has no gradient.
 
     Args:
-        probs_SBE: fp32 router probabilities of this rank's part of each sequence.
-        selected_SBE: 0/1, the assignments.
-        sequence_length: tokens of a whole sequence, over all tensor ranks.
+        probs_SBE: fp32 router probabilities of this rank's part of each sequence; zeros for padding.
+        selected_SBE: 0/1, the assignments; padding has none.
+        sequence_length: tokens of a whole sequence, over all tensor ranks; of padded sequences, [B] of real ones, at
+            least 1.
         tensor_group: ranks that hold the other parts of the same sequences.
 
     Returns:
@@ -32,12 +33,22 @@ def load_balance_loss(
     counts_BE = selected_SBE.sum(dim=0).to(torch.float32)
     if tensor_group.size() > 1:
         dist.all_reduce(counts_BE, group=tensor_group)
-    share_BE = counts_BE / counts_BE.sum(dim=-1, keepdim=True)
-    mean_prob_BE = probs_SBE.sum(dim=0) / sequence_length
+    share_BE = counts_BE / counts_BE.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    mean_prob_BE = _mean_over_tokens(probs_SBE, sequence_length)
     num_experts = probs_SBE.shape[-1]
     return num_experts * (share_BE * mean_prob_BE).sum(dim=-1).mean()
 
 
-def router_z_loss(logits_SBE: Tensor, sequence_length: int) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906 eq. 5): this rank's part, as above."""
-    return logits_SBE.logsumexp(dim=-1).square().sum(dim=0).div(sequence_length).mean()
+def router_z_loss(logits_SBE: Tensor, sequence_length: int | Tensor, valid_SB: Tensor | None = None) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906 eq. 5): this rank's part, as above.
+    `valid_SB` leaves out padding."""
+    square_SB = logits_SBE.logsumexp(dim=-1).square()
+    if valid_SB is not None:
+        square_SB = square_SB.masked_fill(~valid_SB, 0.0)
+    return _mean_over_tokens(square_SB[..., None], sequence_length).mean()
+
+
+def _mean_over_tokens(values_SBE: Tensor, sequence_length: int | Tensor) -> Tensor:
+    """This rank's part of the mean over each sequence, [B, E]."""
+    length = sequence_length[:, None] if isinstance(sequence_length, Tensor) else sequence_length
+    return values_SBE.sum(dim=0) / length

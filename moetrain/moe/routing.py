@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -27,6 +27,8 @@ class RoutingContext:
         length: positions of a whole sequence, over all the tensor ranks that share it.
         start: position in the sequence of this rank's first token.
         importance_T: fp32, the statistic that the router's settings asked for as `attention_measure`; else None.
+        valid_T: bool, True = a real token; None: all are. What a router decides for padding is taken back (see
+            `RoutingDecision.without_padding`), but its statistics and its loss must leave padding out.
     """
 
     local_length: int
@@ -34,6 +36,7 @@ class RoutingContext:
     length: int
     start: int
     importance_T: Tensor | None
+    valid_T: Tensor | None = None
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token in its sequence, int64 [T]."""
@@ -41,7 +44,10 @@ class RoutingContext:
         return here_S.repeat_interleave(self.sequences)
 
     def mean_part(self, values_T: Tensor) -> Tensor:
-        """This rank's part of the mean over the micro-batch's tokens: the parts sum to it over the tensor ranks."""
+        """This rank's part of the mean over the micro-batch's tokens: the parts sum to it over the tensor ranks.
+        Padding adds nothing."""
+        if self.valid_T is not None:
+            values_T = values_T.masked_fill(~self.valid_T, 0.0)
         return values_T.sum() / (self.sequences * self.length)
 
 
@@ -69,6 +75,18 @@ class RoutingDecision:
     num_selected_T: Tensor
     statistics: Tensor | None = None
     loss: Tensor | None = None
+
+    def without_padding(self, valid_T: Tensor) -> RoutingDecision:
+        """The same for real tokens; padding (False) gets no expert, no weight and no probability. Its logits stay, and
+        the z-loss must leave them out."""
+        real_T1 = valid_T[:, None]
+        return replace(
+            self,
+            expert_ids_TK=torch.where(real_T1, self.expert_ids_TK, -1),
+            weights_TK=self.weights_TK.masked_fill(~real_T1, 0.0),
+            probs_TE=self.probs_TE.masked_fill(~real_T1, 0.0),
+            num_selected_T=torch.where(valid_T, self.num_selected_T, 0),
+        )
 
 
 class Router(nn.Module, ABC):

@@ -5,18 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetrain.config.objectives import ClassifyConfig, MaskedLMConfig, RegressConfig
 from moetrain.config.schema import RunConfig
 from moetrain.data.dataset import build_datasets
+from moetrain.data.examples import OrderedExamples, ShuffledExamples, read_examples
 from moetrain.data.loader import SampleDataset, unigram_entropy
-from moetrain.data.tokenizers import load_tokenizer
+from moetrain.data.masking import MaskedDataset, mask_id
+from moetrain.data.tokenizers import Tokenizer, load_tokenizer
+from moetrain.errors import DataError
 
 
 @dataclass(frozen=True)
 class RunData:
-    """`valid` and `unigram_entropy` (nats per token of the validation labels) are None without validation."""
+    """`valid` is None without validation, and `unigram_entropy` (nats per token of the validation labels) also for
+    sequence tasks. `valid_batches` is how many global batches a validation reads."""
 
     train: SampleDataset
     valid: SampleDataset | None
+    valid_batches: int
     tokenizer_fingerprint: str
     unigram_entropy: float | None
 
@@ -27,8 +33,12 @@ def open_data(config: RunConfig, rank: int) -> RunData:
     Raises:
         DataError: something is missing, damaged or does not fit; checked on every rank before any work starts.
     """
-    training = config.training
+    training, objective = config.training, config.training.objective
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if isinstance(objective, ClassifyConfig | RegressConfig):
+        return _open_examples(config, objective, tokenizer)
+    if isinstance(objective, MaskedLMConfig):
+        mask_id(tokenizer)  # before minutes of indexing
     valid_samples = training.eval_iters * training.global_batch_size
     datasets = build_datasets(
         config.data,
@@ -40,6 +50,28 @@ def open_data(config: RunConfig, rank: int) -> RunData:
         Path(config.data.cache_dir or Path(config.run.dir) / "data-cache"),
         scan_tokens=rank == 0,
     )
-    assert datasets.train is not None
-    entropy = unigram_entropy(datasets.valid, valid_samples) if datasets.valid is not None else None
-    return RunData(datasets.train, datasets.valid, tokenizer.fingerprint, entropy)
+    train, valid = datasets.train, datasets.valid
+    assert train is not None
+    if isinstance(objective, MaskedLMConfig):
+        train = MaskedDataset(train, objective, tokenizer, training.seed, stream=0)
+        valid = MaskedDataset(valid, objective, tokenizer, training.seed, stream=1) if valid is not None else None
+    entropy = unigram_entropy(valid, valid_samples) if valid is not None else None
+    return RunData(train, valid, training.eval_iters, tokenizer.fingerprint, entropy)
+
+
+def _open_examples(config: RunConfig, objective: ClassifyConfig | RegressConfig, tokenizer: Tokenizer) -> RunData:
+    model, training = config.model, config.training
+    assert model.head is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"model.vocab_size ({model.vocab_size}) must be at least data.tokenizer's vocabulary "
+            f"({tokenizer.vocab_size})"
+        )
+    how = (objective, tokenizer, model.seq_length, model.head.pooling == "first")
+    train = read_examples([Path(entry.path) for entry in config.data.train], *how)
+    shuffled = ShuffledExamples(train, training.train_iters * training.global_batch_size, training.seed)
+    if not training.eval_iters:
+        return RunData(shuffled, None, 0, tokenizer.fingerprint, None)
+    valid = read_examples([Path(entry.path) for entry in config.data.valid], *how)
+    ordered = OrderedExamples(valid, training.global_batch_size)
+    return RunData(shuffled, ordered, ordered.batches, tokenizer.fingerprint, None)

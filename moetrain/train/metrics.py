@@ -119,11 +119,14 @@ class EvalReport:
     iteration: int
     """completed training steps at this point"""
     loss: float
-    """mean cross-entropy per token, nats"""
-    perplexity: float
+    """as in training: mean cross-entropy per token, nats; of sequence tasks per sequence, or mean squared error"""
+    perplexity: float | None
+    """None for sequence tasks"""
     unigram_entropy: float | None
     """nats: what a model that knows only token frequencies would reach on the same tokens"""
     seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+    """further figures of the objective by name: accuracy, f1 ..."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,7 @@ def flatten(report: StepReport | EvalReport) -> dict[str, float]:
                 "eval/perplexity": report.perplexity,
                 "eval/unigram_entropy": report.unigram_entropy,
                 "eval/seconds": report.seconds,
+                **{f"eval/{name}": value for name, value in report.scores.items()},
             }
         )
     flat: dict[str, float | None] = {

@@ -18,11 +18,13 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_
 from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.checkpoint.state import ParameterShard, fill_from, pieces_of, read_rng, rng_piece
 from moetrain.checkpoint.store import Piece
+from moetrain.config.size import parameter_shapes
 from moetrain.errors import CheckpointError
 from moetrain.model.parameters import named_controllers
 from moetrain.train.step import TrainStep
 
 _WEIGHT, _EXP_AVG, _EXP_AVG_SQ, _CONTROLLER = "weight.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.", "controller."
+_HEAD = _WEIGHT + "head."
 
 
 def collect_pieces(step: TrainStep) -> Iterator[Piece]:
@@ -67,6 +69,33 @@ def restore(step: TrainStep, reader: CheckpointReader, layout: dict[str, Any], l
         _set_rng_state(state)
     else:
         log.info("random states were not restored: they belong to the ranks of another layout")
+
+
+def restore_weights(step: TrainStep, reader: CheckpointReader, log: logging.Logger) -> None:
+    """Fill weights and controllers alone; moments and random states stay those of a new run. Collective.
+
+    A head that the checkpoint lacks keeps its initial values; that, and what of the checkpoint has no place in this
+    model, goes into the log.
+
+    Raises:
+        CheckpointError: another tensor is absent, or one is of another shape.
+    """
+    assert step.optimizer is not None
+    wanted = {_WEIGHT + name for name, _ in parameter_shapes(step.config.model)}
+    stored = {name for name in reader.names() if name.startswith(_WEIGHT)}
+    new, unused = sorted(wanted - stored), sorted(stored - wanted)
+    if lost := [name for name in new if not name.startswith(_HEAD)]:
+        raise CheckpointError(f"{reader.folder}: has no tensors {', '.join(lost)}, which this model needs")
+    for fragment in step.optimizer.fragments():
+        if _WEIGHT + fragment.info.name in stored:
+            fill_from(reader, ParameterShard.of(fragment.info), _WEIGHT, fragment.master, fragment.start)
+    step.optimizer.finish_load(0)
+    for name, controller in named_controllers(step.chunks):
+        controller.log_alpha.copy_(reader.read(_CONTROLLER + name))
+    if new:
+        log.info("not in the checkpoint, so at their initial values: %s", ", ".join(new))
+    if unused:
+        log.info("of the checkpoint, but without a place in this model: %s", ", ".join(unused))
 
 
 def _tracker() -> CudaRNGStatesTracker:

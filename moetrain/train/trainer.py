@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from moetrain.optim.schedules import learning_rate
 from moetrain.runtime.preemption import StopRequest
 from moetrain.train.callback import Callback
 from moetrain.train.data import RunData
-from moetrain.train.metrics import EvalReport, RouterStats, StepReport, Throughput
-from moetrain.train.state import collect_pieces, restore
+from moetrain.train.evaluation import summarize
+from moetrain.train.metrics import RouterStats, StepReport, Throughput
+from moetrain.train.state import collect_pieces, restore, restore_weights
 from moetrain.train.step import StepOutcome, TrainStep
 
 
@@ -145,11 +146,9 @@ class Trainer:
         self._evaluated_at = self.iteration
         start = time.perf_counter()
         batches = self._loader(self.data.valid, 0)
-        losses = [self.step.evaluate(next(batches)) for _ in range(self.config.training.eval_iters)]
-        loss = math.fsum(losses) / len(losses)
-        perplexity = math.exp(min(loss, 700.0))
-        entropy = self.data.unigram_entropy
-        self._call("on_evaluate", EvalReport(self.iteration, loss, perplexity, entropy, time.perf_counter() - start))
+        outcomes = [self.step.evaluate(next(batches)) for _ in range(self.data.valid_batches)]
+        report = summarize(outcomes, self.data, self.config.training.objective)
+        self._call("on_evaluate", replace(report, iteration=self.iteration, seconds=time.perf_counter() - start))
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -172,9 +171,10 @@ class Trainer:
         self._call("on_checkpoint", path)
 
     def _resume(self) -> None:
-        reader = self._open_checkpoint()
+        reader, is_own = self._open_checkpoint()
         if reader is None:
             return
+        anew = self.config.checkpoint.load_weights_only and not is_own
         with reader:
             # Through today's schema, so that a setting which did not exist then does not look like a contradiction.
             saved = config_from_dict(reader.config, f"the config in {reader.folder}")
@@ -183,9 +183,14 @@ class Trainer:
                 config_to_dict(self.config),
                 saved_tokenizer=reader.extra.get("tokenizer"),
                 current_tokenizer=self.data.tokenizer_fingerprint,
+                weights_only=anew,
             )
             for note in notes:
                 self.log.info("resume: %s", note)
+            if anew:
+                restore_weights(self.step, reader, self.log)
+                self.log.info("weights from %s; all else starts anew", reader.folder)
+                return
             restore(self.step, reader, self._layout_record(), self.log)
             self.iteration = self.start_iteration = reader.step
             self.consumed_samples = reader.consumed_samples
@@ -193,7 +198,8 @@ class Trainer:
             self._saved_at = reader.step if self.config.checkpoint.load is None else None
             self.log.info("resumed from %s (made on %s)", reader.folder, reader.layout.get("description"))
 
-    def _open_checkpoint(self) -> CheckpointReader | None:
+    def _open_checkpoint(self) -> tuple[CheckpointReader | None, bool]:
+        """Where to start from, and whether it is this run's own checkpoint rather than `checkpoint.load`."""
         checkpoint = self.config.checkpoint
         own = None
         if checkpoint.resume == "auto":
@@ -204,9 +210,9 @@ class Trainer:
                 "of its own checkpoints; choose another run.dir, or checkpoint.resume=auto"
             )
         if own is not None or checkpoint.load is None:
-            return own
+            return own, True
         try:
-            return self.checkpoints.open(checkpoint.load)
+            return self.checkpoints.open(checkpoint.load), False
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint.load: {error}") from error
 

@@ -53,11 +53,11 @@ class ConsoleCallback(Callback):
             self._progress.update(self._progress.task_ids[0], completed=report.iteration, pace=pace)
 
     def on_evaluate(self, trainer: TrainerView, report: EvalReport) -> None:
-        unigram = "" if report.unigram_entropy is None else f"  unigram {report.unigram_entropy:.3f}"
-        self._print(
-            f"eval at step {report.iteration:,}  loss {report.loss:.4f}  perplexity {report.perplexity:.2f}"
-            f"{unigram}  {report.seconds:.1f} s"
-        )
+        words = [f"eval at step {report.iteration:,}", f"loss {report.loss:.4f}"]
+        words += [] if report.perplexity is None else [f"perplexity {report.perplexity:.2f}"]
+        words += [] if report.unigram_entropy is None else [f"unigram {report.unigram_entropy:.3f}"]
+        words += [f"{name} {value:.4f}" for name, value in report.scores.items()]
+        self._print("  ".join([*words, f"{report.seconds:.1f} s"]))
 
     def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
         self._print(f"saved {path}")

@@ -67,6 +67,7 @@ class SummaryCallback(Callback):
             "eval_iteration": evaluation.iteration if evaluation else None,
             "eval_loss": evaluation.loss if evaluation else None,
             "eval_perplexity": evaluation.perplexity if evaluation else None,
+            "eval_scores": evaluation.scores if evaluation else {},
             "checkpoint": self._checkpoint.name if self._checkpoint else None,
         }
         replace_file(trainer.run_dir / FILE, to_json(summary) + "\n")

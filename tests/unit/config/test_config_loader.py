@@ -278,11 +278,17 @@ def test_the_registry_knows_exactly_the_settings_that_a_full_config_has(tree: di
     by_top_k = walk(config_from_dict(tree, "test"), "")
     tree["model"]["moe"]["router"] = {"type": "da_moe"}
     by_da_moe = walk(config_from_dict(tree, "test"), "")
-    assert set(setting_paths()) == by_top_k | by_da_moe
+    tree["model"] |= {"type": "encoder", "head": {"outputs": 2}}
+    tree["training"]["objective"] = {"type": "classify", "classes": ["0", "1"]}
+    by_task = walk(config_from_dict(tree, "test"), "")
+    tree["model"]["head"] = None
+    tree["training"]["objective"] = {"type": "masked_lm"}
+    by_masks = walk(config_from_dict(tree, "test"), "")
+    assert set(setting_paths()) == by_top_k | by_da_moe | by_task | by_masks
 
 
-def test_only_the_router_comes_in_kinds() -> None:
-    assert variant_paths() == {("model", "moe", "router")}
+def test_the_router_and_the_objective_come_in_kinds() -> None:
+    assert variant_paths() == {("model", "moe", "router"), ("training", "objective")}
 
 
 def test_familiar_names_lead_to_settings_that_exist() -> None:

@@ -49,3 +49,21 @@ def test_sending_everything_to_one_expert_costs_more_than_balance() -> None:
     one = torch.zeros(8, 1, 4)
     one[..., 0] = 1.0
     assert load_balance_loss(probs, one, 8, _Alone()).item() > 2.5
+
+
+def test_padding_counts_in_no_auxiliary_loss() -> None:
+    logits, probs, selected = inputs(2)
+    lengths = torch.tensor([4, 10])
+    valid = torch.arange(10)[:, None] < lengths
+    masked_probs, masked_selected = probs * valid[..., None], selected * valid[..., None]
+    short = [(logits[:n, i : i + 1], probs[:n, i : i + 1], selected[:n, i : i + 1]) for i, n in enumerate((4, 10))]
+    balance = torch.stack([load_balance_loss(p, s, len(p), _Alone()) for _, p, s in short]).mean()
+    z_loss = torch.stack([router_z_loss(x, len(x)) for x, _, _ in short]).mean()
+    torch.testing.assert_close(load_balance_loss(masked_probs, masked_selected, lengths, _Alone()), balance)
+    torch.testing.assert_close(router_z_loss(logits, lengths, valid), z_loss)
+
+
+def test_a_sequence_of_padding_alone_costs_nothing() -> None:
+    nothing = torch.zeros(10, 1, 4)
+    assert load_balance_loss(nothing, nothing, torch.tensor([1]), _Alone()).item() == 0.0
+    assert router_z_loss(nothing, torch.tensor([1]), torch.zeros(10, 1, dtype=torch.bool)).item() == 0.0
