@@ -83,6 +83,15 @@ def create_groups(layout: ParallelLayout, seed: int) -> ParallelGroups:
     return groups
 
 
+def create_stage_group(groups: ParallelGroups, stages: tuple[int, ...]) -> dist.ProcessGroup:
+    """This rank's pipeline, cut down to some of its stages. Collective over these; groups that have stages in common
+    must be made in the same order by all of them."""
+    if len(stages) == groups.layout.pipeline:
+        return groups.pipeline
+    ranks = dist.get_process_group_ranks(groups.pipeline)
+    return _live(dist.new_group([ranks[stage] for stage in stages], use_local_synchronization=True))
+
+
 def destroy_groups() -> None:
     """Forget Megatron's groups, so that another layout can be built in this process (tests, evaluation)."""
     parallel_state.destroy_model_parallel()
