@@ -36,7 +36,7 @@ from torch import Tensor
 
 from moetrain.config.schema import OptimizerConfig
 from moetrain.optim.adam import create_adam
-from moetrain.runtime.groups import ParallelGroups, create_stage_group
+from moetrain.runtime.groups import ParallelGroups, create_stage_groups
 from moetrain.runtime.parameters import ParameterInfo, Tie
 
 _SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.")
@@ -134,8 +134,8 @@ class ZeroOptimizer:
         self.infos = {id(info.parameter): info for info in parameters}
         grouped = group_parameters(parameters)
         self.keys = list(grouped)
-        ties = sorted({key.tied for key in self.keys if isinstance(key.tied, tuple)})
-        self._stage_groups = {stages: create_stage_group(groups, stages) for stages in ties}
+        ties = {key.tied for key in self.keys if isinstance(key.tied, tuple)}
+        self._stage_groups = create_stage_groups(groups, ties)
         total = sum(info.parameter.numel() for info in parameters)
         # A bucket is a buffer: larger than all gradients together it would only waste memory.
         zero["reduce_bucket_size"] = max(1, min(int(zero.get("reduce_bucket_size", total)), total))
