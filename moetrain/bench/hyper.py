@@ -10,7 +10,8 @@ from moetrain.bench.layer import Formulation, forward_and_backward, our_layer
 from moetrain.bench.problem import Contender, Problem
 from moetrain.bench.results import Point
 from moetrain.config.schema import HyperConfig
-from moetrain.moe.hyper import HyperExperts, HyperNetwork
+from moetrain.moe.hyper import HyperExperts
+from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
 
 
 def hyper(point: Point) -> Problem:
@@ -19,15 +20,17 @@ def hyper(point: Point) -> Problem:
     config = HyperConfig(bottleneck=64, hidden=128)
     dtype = TORCH_DTYPES[point.dtype]
     with torch.device(point.device):
-        network = HyperNetwork(config, 1, point.hidden, dtype)
-        experts = HyperExperts(config, point.experts, range(point.top_k, point.top_k + 1), 0, dtype)
-    parameters = [*network.parameters(), *experts.parameters()]
+        network = HyperNetwork(config, range(1), (0,), point.hidden, dtype)
+        selection = SelectionEmbedding(config, point.experts, (0,), "hyper", dtype)
+    experts = HyperExperts(config, point.experts, range(point.top_k, point.top_k + 1), 0, selection, network)
+    probs_TE = torch.full((point.tokens, point.experts), 1 / point.experts, device=point.device)
+    parameters = [*network.parameters(), *selection.parameters()]
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=0.02)
     x_TD = layer.random(point.tokens, point.hidden).requires_grad_()
     generated = Formulation(
-        lambda: experts(x_TD, layer.ids_TK, network), {"x": x_TD, **{str(i): p for i, p in enumerate(parameters)}}
+        lambda: experts(x_TD, layer.ids_TK, probs_TE), {"x": x_TD, **{str(i): p for i, p in enumerate(parameters)}}
     )
     ours = forward_and_backward(generated, layer.grad_TD)
     theirs = forward_and_backward(our_layer(layer), layer.grad_TD)

@@ -17,6 +17,7 @@ _MODEL_MAY_CHANGE = frozenset(
         "model.moe.aux_loss_coeff",
         "model.moe.z_loss_coeff",
         "model.moe.hyper.form",
+        "model.moe.hyper.recompute",
         "model.moe.dispatch",  # checkpoints from before these settings have none
         "model.moe.dispatch.max_rows",
         "model.moe.dispatch.overlap",

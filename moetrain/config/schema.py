@@ -21,8 +21,8 @@ from moetrain.config.section import Count, Fraction, NonNegativeFloat, PositiveF
 
 
 class HyperConfig(Section):
-    """HyperMoE (arXiv 2402.12656): one hypernetwork, shared by all layers, makes a small expert from the embeddings of
-    the experts that a token did not select."""
+    """HyperMoE (arXiv 2402.12656): a hypernetwork makes a small expert from the embeddings of the experts that a token
+    did not select. The defaults are the paper's; the other choices are its ablations and controls."""
 
     bottleneck: PositiveInt = Field(default=64, description="hidden units of the generated expert (r; `adapter_dim`)")
     hidden: PositiveInt = Field(
@@ -33,16 +33,65 @@ class HyperConfig(Section):
         default=128, description="hidden units of the selection-embedding MLP (q; `process_dim`)"
     )
     condition: PositiveInt = Field(default=128, description="size of the hypernetwork's input (c; `hypernet_input`)")
-    layer_embedding: PositiveInt = Field(default=10, description="size of a layer's embedding (m)")
-    aggregation: Literal["sum", "mean"] = Field(
+    layer_embedding: Count = Field(
+        default=10, description="size of a layer's embedding (m); 0: none, so layers with equal conditions share Ê"
+    )
+    condition_on: Literal["unselected", "selected", "random_fixed", "constant", "static"] = Field(
+        default="unselected",
+        description="what Ê is made from: the embeddings of the unselected or of the selected experts; unselected ones "
+        "that are random and never learned (`random_fixed`); one learned vector, whatever was selected (`constant`); "
+        "or nothing: an ordinary bottleneck branch in each layer and no hypernetwork (`static`)",
+    )
+    aggregation: Literal["sum", "mean", "prob"] = Field(
         default="mean",
-        description="over the embeddings of unselected experts; the official code sums, at a fixed K the same",
+        description="over the embeddings of condition_on's experts; the official code sums, at a fixed K the same as "
+        "mean; prob weighs them by their renormalized router probabilities (detached), so each token has its own Ê",
+    )
+    sharing: Literal["model", "stage", "layer"] = Field(
+        default="model", description="one hypernetwork for the model, for each of `stages` groups of layers, or a layer"
+    )
+    stages: PositiveInt | None = Field(
+        default=None,
+        description="with sharing stage, into how many equal groups of consecutive layers the model is cut; a property "
+        "of the model, whatever its pipeline",
+    )
+    embeddings: Literal["layer", "model"] = Field(
+        default="layer", description="whose the expert embeddings and their MLP are: each layer its own, or one for all"
+    )
+    coefficient: Literal["one", "selected_probability"] = Field(
+        default="one",
+        description="of Ê in the sum: 1, or the router's probability of the selected experts together, which sends Ê's "
+        "gradient to the router",
     )
     form: Literal["auto", "grouped", "factorized"] = Field(
         default="auto",
         description="how the generated expert is evaluated; auto picks the cheaper one for the number of expert sets "
         "that can occur",
     )
+    recompute: bool = Field(
+        default=False, description="keep none of Ê's activations and compute them again in the backward pass"
+    )
+
+    @model_validator(mode="after")
+    def _settings_have_a_use(self) -> HyperConfig:
+        if (self.sharing == "stage") != (self.stages is not None):
+            raise ValueError(
+                "stages (a number) and sharing: stage need each other; "
+                f"they are {'unset' if self.stages is None else self.stages} and {self.sharing}"
+            )
+        if self.aggregation == "prob" and self.form == "grouped":
+            raise ValueError(
+                "form (grouped) generates an expert for each set of selected experts, and aggregation (prob) has a "
+                "condition of its own for each token; legal: auto, factorized"
+            )
+        unused = {"constant": ("aggregation",), "static": ("aggregation", "sharing", "embeddings", "form")}
+        for name in unused.get(self.condition_on, ()):
+            default = HyperConfig.model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) means nothing with condition_on {self.condition_on}; remove it"
+                )
+        return self
 
 
 class DispatchConfig(Section):
@@ -173,6 +222,7 @@ class ModelConfig(Section):
                 raise ValueError(f"moe.layer_freq has {len(freq)} entries; num_layers is {self.num_layers}")
             if not any(self.is_moe_layer(i) for i in range(self.num_layers)):
                 raise ValueError(f"moe.layer_freq ({freq}) makes none of the {self.num_layers} layers a MoE layer")
+            self._check_hypernetwork_stages()
             measure = self.moe.router.attention_measure
             if measure in NONCAUSAL_IMPORTANCE and self.type == "decoder":
                 raise ValueError(
@@ -180,6 +230,20 @@ class ModelConfig(Section):
                     f"routing of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
                 )
         return self
+
+    def _check_hypernetwork_stages(self) -> None:
+        stages = self.moe.hyper.stages if self.moe is not None and self.moe.hyper is not None else None
+        if stages is None:
+            return
+        if self.num_layers % stages:
+            raise ValueError(f"moe.hyper.stages ({stages}) must divide num_layers ({self.num_layers})")
+        size = self.num_layers // stages
+        for first in range(0, self.num_layers, size):
+            if not any(self.is_moe_layer(i) for i in range(first, first + size)):
+                raise ValueError(
+                    f"moe.hyper.stages ({stages}) leaves layers {first} to {first + size - 1} with a hypernetwork and "
+                    "no MoE layer to use it (moe.layer_freq)"
+                )
 
     @model_validator(mode="after")
     def _head_sees_the_sequence(self) -> ModelConfig:

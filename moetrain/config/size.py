@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moetrain.config.hypernetworks import hypernetworks
 from moetrain.config.schema import HyperConfig, ModelConfig, MoEConfig
 
 
@@ -59,7 +60,11 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
             yield f"{layer}.mlp.linear_fc2.weight", (d, model.ffn_hidden_size)
     yield "decoder.final_layernorm.weight", (d,)
     if model.moe is not None and model.moe.hyper is not None:
-        yield from _hypernetwork_shapes(model.moe.hyper, model.num_layers, d)
+        hyper = model.moe.hyper
+        for name, layers in hypernetworks(model).items():
+            yield from _hypernetwork_shapes(name, hyper, len(layers), d)
+        if hyper.embeddings == "model":
+            yield from _selection_shapes("selection_embedding", hyper, model.moe.num_experts)
     if model.head is not None:
         yield from _linear("head", model.head.outputs, d)
     elif not model.share_embeddings_and_output_weights:
@@ -76,7 +81,8 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
 
     HyperMoE is counted in its grouped form in the limit of many tokens per selected set: each token pays for its two
     bottleneck products (4 * d * r); generating the matrices is paid once per distinct set and is left out. That is the
-    lower bound; with one set per token, generation would add 2 * (2 * d * r + d + r) * h per token and layer.
+    lower bound; with one set per token, generation would add 2 * (2 * d * r + d + r) * h per token and layer. With
+    `form: factorized` or `aggregation: prob` nothing is shared between tokens, and all of it is counted.
     """
     d, width = model.hidden_size, model.num_attention_heads * model.head_dim
     qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
@@ -93,8 +99,20 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
         k = moe.expected_mean_k if mean_k is None else mean_k
         forward += 2 * d * moe.num_experts + k * 6 * d * moe.ffn_hidden_size
         if moe.hyper is not None:
-            forward += 4 * d * moe.hyper.bottleneck
+            forward += _hyper_flops(moe.hyper, moe.num_experts, d)
     return 3.0 * forward
+
+
+def _hyper_flops(hyper: HyperConfig, num_experts: int, d: int) -> int:
+    """Forward, per token and MoE layer."""
+    r, h, c = hyper.bottleneck, hyper.hidden, hyper.condition
+    flops = 4 * d * r
+    if hyper.form == "factorized" or hyper.aggregation == "prob":
+        flops += 4 * h * d * r + 4 * h * r + 2 * h * (d + r)  # D_j and U_j, their contraction with e, the two biases
+    if hyper.aggregation == "prob":
+        t, q = hyper.expert_embedding, hyper.process
+        flops += 2 * num_experts * t + 2 * (t * q + q * c) + 2 * h * (c + hyper.layer_embedding)
+    return flops
 
 
 def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -102,21 +120,37 @@ def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tupl
     yield f"{prefix}.router.weight", (e, d)
     yield f"{prefix}.experts.fc1", (e, 2 * f, d)
     yield f"{prefix}.experts.fc2", (e, d, f)
-    if moe.hyper is not None:
-        hyper = moe.hyper
-        yield f"{prefix}.hyper.expert_embedding", (e, hyper.expert_embedding)
-        yield from _linear(f"{prefix}.hyper.process_in", hyper.process, hyper.expert_embedding)
-        yield from _linear(f"{prefix}.hyper.process_out", hyper.condition, hyper.process)
+    if moe.hyper is None:
+        return
+    if moe.hyper.condition_on == "static":
+        yield from _linear(f"{prefix}.hyper.down", moe.hyper.bottleneck, d)
+        yield from _linear(f"{prefix}.hyper.up", d, moe.hyper.bottleneck)
+    elif moe.hyper.embeddings == "layer":
+        yield from _selection_shapes(f"{prefix}.hyper", moe.hyper, e)
 
 
-def _hypernetwork_shapes(hyper: HyperConfig, num_layers: int, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _selection_shapes(prefix: str, hyper: HyperConfig, num_experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What turns a selection into a condition."""
+    if hyper.condition_on == "constant":
+        yield f"{prefix}.constant", (hyper.condition,)
+        return
+    if hyper.condition_on != "random_fixed":  # fixed embeddings follow from their names
+        yield f"{prefix}.expert_embedding", (num_experts, hyper.expert_embedding)
+    yield from _linear(f"{prefix}.process_in", hyper.process, hyper.expert_embedding)
+    yield from _linear(f"{prefix}.process_out", hyper.condition, hyper.process)
+
+
+def _hypernetwork_shapes(
+    prefix: str, hyper: HyperConfig, num_layers: int, d: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     h, r = hyper.hidden, hyper.bottleneck
-    yield "hypernetwork.layer_embedding", (num_layers, hyper.layer_embedding)
-    yield from _linear("hypernetwork.input", h, hyper.condition + hyper.layer_embedding)
-    yield from _linear("hypernetwork.down", r * d, h)
-    yield from _linear("hypernetwork.down_bias", r, h)
-    yield from _linear("hypernetwork.up", d * r, h)
-    yield from _linear("hypernetwork.up_bias", d, h)
+    if hyper.layer_embedding:
+        yield f"{prefix}.layer_embedding", (num_layers, hyper.layer_embedding)
+    yield from _linear(f"{prefix}.input", h, hyper.condition + hyper.layer_embedding)
+    yield from _linear(f"{prefix}.down", r * d, h)
+    yield from _linear(f"{prefix}.down_bias", r, h)
+    yield from _linear(f"{prefix}.up", d * r, h)
+    yield from _linear(f"{prefix}.up_bias", d, h)
 
 
 def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -127,7 +161,7 @@ def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int
 def _part_of(name: str) -> str:
     if name.startswith(("embedding.", "output_layer.", "head.")):
         return "embedding"
-    if name.startswith("hypernetwork.") or ".hyper." in name:
+    if name.startswith(("hypernetwork", "selection_embedding.")) or ".hyper." in name:
         return "hyper"
     if ".experts." in name:
         return "expert"

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from moetrain.config.schema import RunConfig
 from moetrain.convert import hf_modeling
-from moetrain.convert.hf_config import hf_config, run_config
+from moetrain.convert.hf_config import hf_config, refuse_inexpressible, run_config
 from moetrain.convert.mapping import ParamMap, Shape, check_tensors
 from moetrain.convert.model_card import model_card
 from moetrain.convert.tokenizer import TokenizerFacts, named_tokenizer, write_tokenizer
@@ -164,6 +164,7 @@ def _plan(checkpoint: Checkpoint, dtype: str, max_shard_size: str) -> _Plan:
         raise ConversionError(f"dtype is {dtype!r}; legal: {', '.join(DTYPES)}")
     run = run_config(checkpoint.config)
     _refuse_all_but_causal_models(run)
+    refuse_inexpressible(run.model)
     param_map = ParamMap(run.model)
     targets = param_map.theirs()
     dtypes = {name: torch.float32 if target.keep_fp32 else DTYPES[dtype] for name, target in targets.items()}

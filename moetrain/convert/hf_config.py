@@ -10,8 +10,21 @@ from moetrain.config.schema import MoEConfig, RunConfig
 from moetrain.convert.hf_modeling.configuration_moetrain import MoetrainConfig
 from moetrain.errors import ConversionError
 
-HYPER_FIELDS = ("bottleneck", "hidden", "expert_embedding", "process", "condition", "layer_embedding", "aggregation")
-"""What of `HyperConfig` changes the function; `form` only chooses how it is computed."""
+HYPER_FIELDS = (
+    "bottleneck",
+    "hidden",
+    "expert_embedding",
+    "process",
+    "condition",
+    "layer_embedding",
+    "condition_on",
+    "aggregation",
+    "sharing",
+    "stages",
+    "embeddings",
+    "coefficient",
+)
+"""What of `HyperConfig` changes the function; `form` and `recompute` only choose how it is computed."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_moetrain.MoetrainConfig",
@@ -20,8 +33,18 @@ AUTO_MAP = {
 }
 
 
+def refuse_inexpressible(model: OurConfig) -> None:
+    """ConversionError for a model that the exported files cannot compute."""
+    if model.moe is not None and model.moe.hyper is not None and model.moe.hyper.condition_on == "random_fixed":
+        raise ConversionError(
+            "model.moe.hyper.condition_on is random_fixed: embeddings that are in no checkpoint cannot be exported; "
+            "legal: unselected, selected, constant, static"
+        )
+
+
 def hf_config(model: OurConfig) -> MoetrainConfig:
-    """The exported model's configuration, without tokenizer ids and dtype."""
+    """The exported model's configuration, without tokenizer ids and dtype. ConversionError where there is none."""
+    refuse_inexpressible(model)
     experts = _moe_settings(model.moe) if model.moe is not None else {}
     return MoetrainConfig(
         vocab_size=model.vocab_size,

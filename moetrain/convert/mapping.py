@@ -2,7 +2,8 @@
 
 Our names and shapes are layout free: one tensor per parameter of the whole model, experts stacked in the first
 dimension. Theirs are the names that `transformers` models of this family use on disk, one tensor per projection and
-expert. `{i}` is a layer; `{e}` is an expert and, when only their side has it, an index into our first dimension.
+expert. `{i}` is a layer and `{s}` a group of layers that share a hypernetwork; `{e}` is an expert and, when only their
+side has it, an index into our first dimension.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from moetrain.config.routers import DAMoERouterConfig
 from moetrain.config.schema import ModelConfig
+from moetrain.config.size import parameter_shapes
 from moetrain.errors import ConversionError
 
 Shape = tuple[int, ...]
@@ -85,12 +87,16 @@ TRANSFORMS = {
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-Part = Literal["model", "head", "layer", "dense", "moe", "budget", "hyper", "hypernetwork"]
+Part = Literal["model", "head", "layer", "dense", "moe", "budget", "hyper"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table. `part` says which models and layers have it, `shape` (in symbols of `_sizes`) its size."""
+    """One line of the table. `part` says which models and layers have it, `shape` (in symbols of `_sizes`) its size.
+
+    Lines of part `hyper` apply where the config says that the model has the tensor: what belongs to a layer in one
+    variant belongs to several in another.
+    """
 
     part: Part
     ours: str
@@ -107,7 +113,38 @@ def _same(part: Part, ours: str, theirs: str, *shape: str, keep_fp32: bool = Fal
 _ATTENTION, _THEIR_ATTENTION = "decoder.layers.{i}.self_attention.", "model.layers.{i}.self_attn."
 _MLP, _THEIR_MLP = "decoder.layers.{i}.mlp.", "model.layers.{i}.mlp."
 _EXPERT = _THEIR_MLP + "experts.{e}."
-_NET, _THEIR_NET = "hypernetwork.", "model.hypernetwork."
+
+
+def _hypernetwork_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """A hypernetwork, whoever shares it."""
+    shapes = {
+        "layer_embedding": ("rows", "m"),
+        "input.weight": ("h", "c+m"),
+        "input.bias": ("h",),
+        "down.weight": ("r*d", "h"),
+        "down.bias": ("r*d",),
+        "down_bias.weight": ("r", "h"),
+        "down_bias.bias": ("r",),
+        "up.weight": ("r*d", "h"),
+        "up.bias": ("r*d",),
+        "up_bias.weight": ("d", "h"),
+        "up_bias.bias": ("d",),
+    }
+    return tuple(_same("hyper", ours + name, theirs + name, *shape) for name, shape in shapes.items())
+
+
+def _selection_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """What makes a condition from a selection, whoever shares it."""
+    shapes = {
+        "expert_embedding": ("E", "t"),
+        "process_in.weight": ("q_process", "t"),
+        "process_in.bias": ("q_process",),
+        "process_out.weight": ("c", "q_process"),
+        "process_out.bias": ("c",),
+        "constant": ("c",),
+    }
+    return tuple(_same("hyper", ours + name, theirs + name, *shape) for name, shape in shapes.items())
+
 
 RULES: tuple[Rule, ...] = (
     _same("model", "embedding.word_embeddings.weight", "model.embed_tokens.weight", "V", "d"),
@@ -142,22 +179,15 @@ RULES: tuple[Rule, ...] = (
         "split_gate_up",
     ),
     _same("moe", _MLP + "experts.fc2", _EXPERT + "down_proj.weight", "E", "d", "f"),
-    _same("hyper", _MLP + "hyper.expert_embedding", _THEIR_MLP + "hyper.expert_embedding", "E", "t"),
-    _same("hyper", _MLP + "hyper.process_in.weight", _THEIR_MLP + "hyper.process_in.weight", "q_process", "t"),
-    _same("hyper", _MLP + "hyper.process_in.bias", _THEIR_MLP + "hyper.process_in.bias", "q_process"),
-    _same("hyper", _MLP + "hyper.process_out.weight", _THEIR_MLP + "hyper.process_out.weight", "c", "q_process"),
-    _same("hyper", _MLP + "hyper.process_out.bias", _THEIR_MLP + "hyper.process_out.bias", "c"),
-    _same("hypernetwork", _NET + "layer_embedding", _THEIR_NET + "layer_embedding", "L", "m"),
-    _same("hypernetwork", _NET + "input.weight", _THEIR_NET + "input.weight", "h", "c+m"),
-    _same("hypernetwork", _NET + "input.bias", _THEIR_NET + "input.bias", "h"),
-    _same("hypernetwork", _NET + "down.weight", _THEIR_NET + "down.weight", "r*d", "h"),
-    _same("hypernetwork", _NET + "down.bias", _THEIR_NET + "down.bias", "r*d"),
-    _same("hypernetwork", _NET + "down_bias.weight", _THEIR_NET + "down_bias.weight", "r", "h"),
-    _same("hypernetwork", _NET + "down_bias.bias", _THEIR_NET + "down_bias.bias", "r"),
-    _same("hypernetwork", _NET + "up.weight", _THEIR_NET + "up.weight", "r*d", "h"),
-    _same("hypernetwork", _NET + "up.bias", _THEIR_NET + "up.bias", "r*d"),
-    _same("hypernetwork", _NET + "up_bias.weight", _THEIR_NET + "up_bias.weight", "d", "h"),
-    _same("hypernetwork", _NET + "up_bias.bias", _THEIR_NET + "up_bias.bias", "d"),
+    *_selection_rules(_MLP + "hyper.", _THEIR_MLP + "hyper.selection."),
+    *_hypernetwork_rules(_MLP + "hyper.network.", _THEIR_MLP + "hyper.network."),
+    _same("hyper", _MLP + "hyper.down.weight", _THEIR_MLP + "hyper.down.weight", "r", "d"),
+    _same("hyper", _MLP + "hyper.down.bias", _THEIR_MLP + "hyper.down.bias", "r"),
+    _same("hyper", _MLP + "hyper.up.weight", _THEIR_MLP + "hyper.up.weight", "d", "r"),
+    _same("hyper", _MLP + "hyper.up.bias", _THEIR_MLP + "hyper.up.bias", "d"),
+    *_hypernetwork_rules("hypernetwork.", "model.hypernetwork."),
+    *_hypernetwork_rules("hypernetworks.{s}.", "model.hypernetworks.{s}."),
+    *_selection_rules("selection_embedding.", "model.selection_embedding."),
     _same("model", "decoder.final_layernorm.weight", "model.norm.weight", "d"),
     _same("head", "output_layer.weight", "lm_head.weight", "V", "d"),
 )
@@ -168,7 +198,6 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
     d, hd, heads, groups = model.hidden_size, model.head_dim, model.num_attention_heads, model.kv_heads
     sizes = {
         "V": model.vocab_size,
-        "L": model.num_layers,
         "d": d,
         "q": heads * hd,
         "qkv": (heads + 2 * groups) * hd,
@@ -179,6 +208,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
         sizes |= {"E": model.moe.num_experts, "f": model.moe.ffn_hidden_size, "2f": 2 * model.moe.ffn_hidden_size}
         if (hyper := model.moe.hyper) is not None:
             sizes |= {"t": hyper.expert_embedding, "q_process": hyper.process, "c": hyper.condition}
+            sizes |= {"rows": 1 if hyper.sharing == "layer" else model.num_layers // (hyper.stages or 1)}
             sizes |= {"m": hyper.layer_embedding, "h": hyper.hidden, "r": hyper.bottleneck}
             sizes |= {"c+m": hyper.condition + hyper.layer_embedding, "r*d": hyper.bottleneck * d}
     return sizes
@@ -190,7 +220,7 @@ def _parts(model: ModelConfig) -> set[Part]:
     if not model.share_embeddings_and_output_weights:
         parts.add("head")
     if model.moe is not None and model.moe.hyper is not None:
-        parts.add("hypernetwork")
+        parts.add("hyper")
     return parts
 
 
@@ -309,25 +339,35 @@ def _some(names: Iterable[str]) -> str:
 
 def _expand(model: ModelConfig) -> Iterator[Link]:
     """Every link of the model: what comes before the layers, the layers in order, what comes after."""
+    hyper = model.moe.hyper if model.moe is not None else None
+    stages = hyper.stages if hyper is not None else None
+    here = {name for name, _ in parameter_shapes(model)}
     first_layer_rule = next(n for n, rule in enumerate(RULES) if "{i}" in rule.ours)
     whole = _parts(model)
     for rule in RULES[:first_layer_rule]:
         if rule.part in whole:
-            yield from _links(rule, model, layer=None)
+            yield from _links(rule, model)
     for layer in range(model.num_layers):
         parts = _layer_parts(model, layer)
         for rule in RULES:
-            if "{i}" in rule.ours and rule.part in parts:
+            if (
+                "{i}" in rule.ours
+                and rule.part in parts
+                and (rule.part != "hyper" or rule.ours.format(i=layer) in here)
+            ):
                 yield from _links(rule, model, layer)
     for rule in RULES[first_layer_rule:]:
-        if "{i}" not in rule.ours and rule.part in whole:
-            yield from _links(rule, model, layer=None)
+        if "{i}" in rule.ours or rule.part not in whole:
+            continue
+        for stage in range(stages or 0) if "{s}" in rule.ours else (None,):
+            if rule.part != "hyper" or rule.ours.format(s=stage) in here:
+                yield from _links(rule, model, stage=stage)
 
 
-def _links(rule: Rule, model: ModelConfig, layer: int | None) -> Iterator[Link]:
+def _links(rule: Rule, model: ModelConfig, layer: int | None = None, stage: int | None = None) -> Iterator[Link]:
     sizes = _sizes(model)
     shape = tuple(sizes[symbol] for symbol in rule.shape)
     stacked = any("{e}" in name for name in rule.theirs) and "{e}" not in rule.ours
     for expert in range(shape[0]) if stacked else (None,):
-        theirs = tuple(name.format(i=layer, e=expert) for name in rule.theirs)
-        yield Link(rule, rule.ours.format(i=layer), theirs, shape, expert)
+        theirs = tuple(name.format(i=layer, s=stage, e=expert) for name in rule.theirs)
+        yield Link(rule, rule.ours.format(i=layer, s=stage), theirs, shape, expert)

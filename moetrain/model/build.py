@@ -22,7 +22,7 @@ from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
 from moetrain.model.sequence_head import SequenceModel
 from moetrain.moe.dispatcher import TokenDispatcher
-from moetrain.moe.hyper import HyperNetwork
+from moetrain.moe.hyper_modules import HyperModules, build_hyper
 from moetrain.moe.layer import MoELayer
 from moetrain.runtime import megatron_cpu
 from moetrain.runtime.groups import ParallelGroups
@@ -33,20 +33,19 @@ def build_chunks(
 ) -> list[Decoder]:
     """This rank's pipeline chunks, uninitialised (see `initialize`), on `device`.
 
-    The hypernetwork is registered in the first chunk of every rank and shared by all layers of all its chunks.
+    What several layers share of HyperMoE is registered in the first chunk of every rank that has such a layer, and used
+    by the layers of all its chunks.
     """
     config = transformer_config(model, parallel, dtype)
-    hypernetwork = None
-    if model.moe is not None and model.moe.hyper is not None:
-        hypernetwork = HyperNetwork(model.moe.hyper, model.num_layers, model.hidden_size, dtype)
     layout, stage = groups.layout, groups.coordinates.pipeline
+    layers_of_chunks = [layout.layers_of(model.num_layers, stage, chunk) for chunk in range(layout.virtual_pipeline)]
+    hyper = build_hyper(model, {i for layers in layers_of_chunks for i in layers}, dtype)
     chunks = []
-    for chunk in range(layout.virtual_pipeline):
-        layers = layout.layers_of(model.num_layers, stage, chunk)
+    for chunk, layers in enumerate(layers_of_chunks):
         kind = Decoder if model.head is None else partial(SequenceModel, head=model.head)
         decoder = kind(
             config,
-            _block_spec(model, layers, groups, hypernetwork),  # pyright: ignore[reportArgumentType]
+            _block_spec(model, layers, groups, hyper),  # pyright: ignore[reportArgumentType]
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=layers.start == 0,
@@ -59,10 +58,18 @@ def build_chunks(
         )
         assert global_layers(decoder) == list(layers)
         chunks.append(decoder)
-    if hypernetwork is not None:
-        chunks[0].add_module("hypernetwork", hypernetwork)
+    for name, module in hyper.shared.items():
+        _register(chunks[0], name, module)
     megatron_cpu.install()  # modules that Megatron imported while it was building
     return [chunk.to(device) for chunk in chunks]
+
+
+def _register(chunk: Decoder, name: str, module: nn.Module) -> None:
+    """Add a module under a dotted name whose first part may be a container that is not there yet."""
+    container, _, leaf = name.rpartition(".")
+    if container and not hasattr(chunk, container):
+        chunk.add_module(container, nn.ModuleDict())
+    chunk.get_submodule(container).add_module(leaf, module)
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -115,11 +122,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 
 
 def _block_spec(
-    model: ModelConfig, layers: range, groups: ParallelGroups, hypernetwork: HyperNetwork | None
+    model: ModelConfig, layers: range, groups: ParallelGroups, hyper: HyperModules
 ) -> TransformerBlockSubmodules:
     dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert, model.moe.dispatch) if model.moe else None
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, i, groups, hypernetwork, dispatcher) for i in layers],
+        layer_specs=[_layer_spec(model, i, groups, hyper, dispatcher) for i in layers],
         layer_norm=ParallelRMSNorm,  # pyright: ignore[reportArgumentType]
     )
 
@@ -128,7 +135,7 @@ def _layer_spec(
     model: ModelConfig,
     layer: int,
     groups: ParallelGroups,
-    hypernetwork: HyperNetwork | None,
+    hyper: HyperModules,
     dispatcher: TokenDispatcher | None,
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
@@ -137,7 +144,7 @@ def _layer_spec(
         params = {
             "moe": model.moe,
             "groups": groups,
-            "hypernetwork": hypernetwork,
+            "hyper": hyper.of_layer.get(layer),
             "layer": layer,
             "dispatcher": dispatcher,
         }

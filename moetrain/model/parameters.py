@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -11,13 +12,16 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from moetrain.config.schema import ModelConfig
+from moetrain.config.layout import ParallelLayout
+from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
+from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
 from moetrain.moe.routing import Router
 from moetrain.runtime.groups import ParallelGroups
-from moetrain.runtime.parameters import Block, ParameterInfo
+from moetrain.runtime.parameters import Block, ParameterInfo, Tie
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_OF_A_NETWORK = re.compile(r"^(hypernetworks\.\d+|decoder\.layers\.\d+\.mlp\.hyper\.network)\.")
 
 
 def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,10 +48,36 @@ def describe_parameters(
         id(chunk.shared_embedding_or_output_weight()) for chunk in chunks if chunk.share_embeddings_and_output_weights
     }
     splits = {id(p): dim for chunk in chunks for p, dim in _split_dimensions(chunk)}
+    holders = {id(p): stages for chunk in chunks for p, stages in _holders(chunk, groups.layout)}
+
+    def tied(p: nn.Parameter) -> Tie:
+        if id(p) in tied_embeddings and groups.layout.pipeline > 1:
+            return "embedding"
+        return holders.get(id(p), "no")
+
     return [
-        _describe(name, p, groups, sequence_parallel, splits.get(id(p)), id(p) in tied_embeddings)
+        _describe(name, p, groups, sequence_parallel, splits.get(id(p)), tied(p))
         for name, p in named_parameters(chunks)
     ]
+
+
+def _holders(chunk: Decoder, layout: ParallelLayout) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
+    """Parameters of HyperMoE that have copies on other pipeline stages, and the stages that hold one."""
+    layers = chunk.config.num_layers
+    for module in chunk.modules():
+        if not isinstance(module, HyperNetwork | SelectionEmbedding):
+            continue
+        stages = tuple(
+            stage
+            for stage in range(layout.pipeline)
+            if any(
+                user in layout.layers_of(layers, stage, chunk_number)
+                for user in module.users
+                for chunk_number in range(layout.virtual_pipeline)
+            )
+        )
+        if len(stages) > 1:
+            yield from ((parameter, stages) for parameter in module.parameters())
 
 
 def _split_dimensions(chunk: Decoder) -> Iterator[tuple[nn.Parameter, int]]:
@@ -64,7 +94,8 @@ def _global_name(chunk: Decoder, name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(global_layers(chunk)[int(parts[2])])
-    name = ".".join(parts)
+    # What turns a layer's selection into a condition is a module of its own, so that several layers can share one.
+    name = ".".join(parts).replace(".mlp.hyper.selection.", ".mlp.hyper.")
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return _EMBEDDING
     return name
@@ -76,7 +107,7 @@ def _describe(
     groups: ParallelGroups,
     sequence_parallel: bool,
     split_dim: int | None,
-    tied_embedding: bool,
+    tied: Tie,
 ) -> ParameterInfo:
     at, layout = groups.coordinates, groups.layout
     shape = tuple(parameter.shape)
@@ -88,11 +119,7 @@ def _describe(
         global_shape, blocks = shape, (Block(shape[0], (0,) * len(shape)),)
     else:
         global_shape, blocks = _tensor_split(name, shape, split_dim, at.tensor, layout.tensor)
-    tied = "no"
-    if layout.pipeline > 1 and name.startswith("hypernetwork."):
-        tied = "pipeline"
-    elif layout.pipeline > 1 and tied_embedding:
-        tied = "embedding"
+    first_copy = {"no": at.pipeline, "embedding": 0}[tied] if isinstance(tied, str) else tied[0]
     replicated_over_tensor = not expert and split_dim is None
     return ParameterInfo(
         name=name,
@@ -101,7 +128,7 @@ def _describe(
         global_shape=global_shape,
         blocks=blocks,
         expert=expert,
-        counted=(tied == "no" or groups.is_first_stage) and not (replicated_over_tensor and at.tensor > 0),
+        counted=at.pipeline == first_copy and not (replicated_over_tensor and at.tensor > 0),
         sum_over_tensor=layout.tensor > 1 and replicated_over_tensor and _is_partial(name, sequence_parallel),
         tied=tied,
         decay=len(shape) >= 2 and not name.endswith(("expert_embedding", "layer_embedding")),
@@ -123,7 +150,9 @@ def _tensor_split(
 
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
     """Whether each tensor rank sees only its own tokens' gradient of this replicated parameter."""
-    in_moe_block = ".mlp.router." in name or ".mlp.hyper." in name or name.startswith("hypernetwork.")
+    in_moe_block = (
+        ".mlp.router." in name or ".mlp.hyper." in name or name.startswith(("hypernetwork", "selection_embedding."))
+    )
     return in_moe_block or (sequence_parallel and not name.startswith("head."))
 
 
@@ -165,12 +194,9 @@ def _draw(key: str, name: str, shape: tuple[int, ...], model: ModelConfig, seed:
 def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
     """(distribution, value | standard deviation | half width) of a parameter.
 
-    Dense weights are Megatron's: normal(std), and std / sqrt(2 L) where a block writes to the residual stream. The
-    hypernetwork's heads are "hyperfan-in" scaled by 1e-3, so that the generated expert starts near zero (official
-    HyperMoE code, adapter_generators.py); its other linear layers are PyTorch's default, and embeddings normal(1).
+    Dense weights are Megatron's: normal(std), and std / sqrt(2 L) where a block writes to the residual stream.
     """
     std = model.init_method_std
-    hyper = model.moe.hyper if model.moe else None
     table: list[tuple[str, str, float]] = [
         ("*layernorm.weight", "constant", 1.0),
         ("head.bias", "constant", 0.0),
@@ -178,19 +204,32 @@ def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
         ("*.linear_fc2.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.experts.fc2", "normal", std / math.sqrt(2 * model.num_layers)),
     ]
-    if hyper is not None:
-        d, h, r = model.hidden_size, hyper.hidden, hyper.bottleneck
-        table += [
-            ("*_embedding", "normal", 1.0),
-            ("hypernetwork.down.weight", "uniform", 1e-3 * math.sqrt(3 / (h * d))),
-            ("hypernetwork.up.weight", "uniform", 1e-3 * math.sqrt(3 / (h * r))),
-            ("hypernetwork.*_bias.weight", "uniform", 1e-3 * math.sqrt(3 / h)),
-            ("hypernetwork.input.*", "uniform", (hyper.condition + hyper.layer_embedding) ** -0.5),
-            ("hypernetwork.*.bias", "constant", 0.0),
-            ("*.process_in.*", "uniform", hyper.expert_embedding**-0.5),
-            ("*.process_out.*", "uniform", hyper.process**-0.5),
-        ]
+    if model.moe is not None and model.moe.hyper is not None:
+        table += _hyper_distributions(model.moe.hyper, model.hidden_size)
+        name = _OF_A_NETWORK.sub("hypernetwork.", name)
     for pattern, distribution, scale in table:
         if fnmatchcase(name, pattern):
             return distribution, scale
     return "normal", std
+
+
+def _hyper_distributions(hyper: HyperConfig, d: int) -> list[tuple[str, str, float]]:
+    """The hypernetwork's heads are "hyperfan-in" scaled by 1e-3, so that the generated expert starts near zero
+    (official HyperMoE code, adapter_generators.py); its other linear layers are PyTorch's default, and embeddings
+    normal(1), as is the constant that can stand for a condition. A static branch starts with the variance that
+    generated weights have for a code of unit mean square."""
+    h, r = hyper.hidden, hyper.bottleneck
+    return [
+        ("*_embedding", "normal", 1.0),
+        ("*.constant", "normal", 1.0),
+        ("hypernetwork.down.weight", "uniform", 1e-3 * math.sqrt(3 / (h * d))),
+        ("hypernetwork.up.weight", "uniform", 1e-3 * math.sqrt(3 / (h * r))),
+        ("hypernetwork.*_bias.weight", "uniform", 1e-3 * math.sqrt(3 / h)),
+        ("hypernetwork.input.*", "uniform", (hyper.condition + hyper.layer_embedding) ** -0.5),
+        ("hypernetwork.*.bias", "constant", 0.0),
+        ("*.process_in.*", "uniform", hyper.expert_embedding**-0.5),
+        ("*.process_out.*", "uniform", hyper.process**-0.5),
+        ("*.hyper.down.weight", "uniform", 1e-3 * math.sqrt(3 / d)),
+        ("*.hyper.up.weight", "uniform", 1e-3 * math.sqrt(3 / r)),
+        ("*.hyper.*.bias", "constant", 0.0),
+    ]

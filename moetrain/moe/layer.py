@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moetrain.config.schema import MoEConfig
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
-from moetrain.moe.hyper import HyperExperts, HyperNetwork
+from moetrain.moe.hyper import HyperExperts, StaticExpert
 from moetrain.moe.losses import load_balance_loss, router_z_loss
 from moetrain.moe.routing import RoutingContext, RoutingDecision, build_router
 from moetrain.moe.telemetry import RouterTelemetry
@@ -37,13 +37,13 @@ class MoELayer(nn.Module):
         config: TransformerConfig,
         moe: MoEConfig,
         groups: ParallelGroups,
-        hypernetwork: HyperNetwork | None,
+        hyper: HyperExperts | StaticExpert | None,
         layer: int,
         dispatcher: TokenDispatcher,
     ) -> None:
         """`layer` is the 0-based global number; `config` is Megatron's, which the module spec passes."""
         super().__init__()
-        assert (hypernetwork is None) == (moe.hyper is None)
+        assert (hyper is None) == (moe.hyper is None)
         dtype = config.params_dtype
         self.moe, self.groups, self.layer, self.dispatcher = moe, groups, layer, dispatcher
         self.sequence_parallel = config.sequence_parallel
@@ -52,9 +52,7 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(
             moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
         )
-        self.hyper = HyperExperts(moe.hyper, moe.num_experts, moe.selectable, layer, dtype) if moe.hyper else None
-        # In a tuple, because the hypernetwork belongs to the model and must not be registered once per layer.
-        self._hypernetwork = (hypernetwork,)
+        self.hyper = hyper
         self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics)
 
     def forward(self, x_SBD: Tensor, importance_SB: Tensor | None, valid_SB: Tensor | None = None) -> Tensor:
@@ -74,12 +72,11 @@ class MoELayer(nn.Module):
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
         valid_T = self._local(valid_SB, x_SBD.shape[0])
-        decision = self.router(x_TD, self._context(x_SBD.shape, importance_SB, valid_T))
-        if valid_T is not None:
-            decision = decision.without_padding(valid_T)
+        chosen = self.router(x_TD, self._context(x_SBD.shape, importance_SB, valid_T))
+        decision = chosen if valid_T is None else chosen.without_padding(valid_T)
         dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
         # Work of the tokens' home rank, while their rows travel.
-        hyper_TD = self._hyper_expert(x_TD, decision)
+        hyper_TD = self._hyper_expert(x_TD, chosen)
         if hyper_TD is not None and valid_T is not None:
             hyper_TD = hyper_TD.masked_fill(~valid_T[:, None], 0.0)
         losses = self._losses(decision, x_SBD.shape[:2], valid_SB) if self.training else None
@@ -110,9 +107,7 @@ class MoELayer(nn.Module):
     def _hyper_expert(self, x_TD: Tensor, decision: RoutingDecision) -> Tensor | None:
         if self.hyper is None:
             return None
-        (network,) = self._hypernetwork
-        assert network is not None
-        return self.hyper(x_TD, decision.expert_ids_TK, network)
+        return self.hyper(x_TD, decision.expert_ids_TK, decision.probs_TE)
 
     def _context(
         self, shape_SBD: torch.Size, importance_SB: Tensor | None, valid_T: Tensor | None

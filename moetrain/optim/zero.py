@@ -36,9 +36,10 @@ from torch import Tensor
 
 from moetrain.config.schema import OptimizerConfig
 from moetrain.optim.adam import create_adam
-from moetrain.runtime.groups import ParallelGroups
-from moetrain.runtime.parameters import ParameterInfo
+from moetrain.runtime.groups import ParallelGroups, create_stage_groups
+from moetrain.runtime.parameters import ParameterInfo, Tie
 
+_SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.")
 _EXPERTS = "experts"  # DeepSpeed finds an expert parameter's groups under its `group_name`
 
 
@@ -77,7 +78,7 @@ class GroupKey:
     expert: bool
     decay: bool
     sum_over_tensor: bool
-    tied: str
+    tied: Tie
 
 
 class _Mpu:
@@ -133,6 +134,8 @@ class ZeroOptimizer:
         self.infos = {id(info.parameter): info for info in parameters}
         grouped = group_parameters(parameters)
         self.keys = list(grouped)
+        ties = {key.tied for key in self.keys if isinstance(key.tied, tuple)}
+        self._stage_groups = create_stage_groups(groups, ties)
         total = sum(info.parameter.numel() for info in parameters)
         # A bucket is a buffer: larger than all gradients together it would only waste memory.
         zero["reduce_bucket_size"] = max(1, min(int(zero.get("reduce_bucket_size", total)), total))
@@ -177,7 +180,7 @@ class ZeroOptimizer:
         )
         if self.stage == 2:
             optimizer.moetrain_shared = frozenset(
-                id(info.parameter) for info in parameters if info.name.startswith("hypernetwork.")
+                id(info.parameter) for info in parameters if info.name.startswith(_SHARED_BY_LAYERS)
             )
         return optimizer
 
@@ -243,8 +246,8 @@ class ZeroOptimizer:
             yield (self.groups.expert_data if key.expert else self.groups.data), self.groups.data.size()
         if key.sum_over_tensor:
             yield self.groups.tensor, 1
-        if key.tied == "pipeline":
-            yield self.groups.pipeline, 1
+        if isinstance(key.tied, tuple):
+            yield self._stage_groups[key.tied], 1
         if key.tied == "embedding":
             assert self.groups.embedding is not None
             yield self.groups.embedding, 1
@@ -314,7 +317,10 @@ def group_parameters(parameters: list[ParameterInfo]) -> dict[GroupKey, list[Par
         key = GroupKey(info.expert, info.decay, info.sum_over_tensor, info.tied)
         grouped.setdefault(key, []).append(info)
     return dict(
-        sorted(grouped.items(), key=lambda item: (item[0].expert, item[0].tied, item[0].sum_over_tensor, item[0].decay))
+        sorted(
+            grouped.items(),
+            key=lambda item: (item[0].expert, str(item[0].tied), item[0].sum_over_tensor, item[0].decay),
+        )
     )
 
 

@@ -6,7 +6,9 @@ Megatron-core's `parallel_state` is initialised here, once, and nowhere else; ev
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -81,6 +83,29 @@ def create_groups(layout: ParallelLayout, seed: int) -> ParallelGroups:
     )
     _check_agreement(groups)
     return groups
+
+
+def create_stage_groups(
+    groups: ParallelGroups, wanted: Iterable[tuple[int, ...]]
+) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """This rank's pipeline cut down to some of its stages, for each of the tuples of stages that it is in and wants.
+
+    Collective over the world, whatever a rank wants: each rank makes the groups of all, in one order. Groups that only
+    their members make would do with less, but torch names these by how many groups a rank is in already.
+    """
+    if groups.layout.pipeline == 1:
+        return {}
+    pipeline = dist.get_process_group_ranks(groups.pipeline)
+    mine = {tuple(pipeline[stage] for stage in stages): stages for stages in wanted}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sorted(mine))
+    found = {}
+    for ranks in sorted({ranks for wants in everyone for ranks in wants}):
+        whole = len(ranks) == groups.layout.pipeline
+        group = groups.pipeline if whole else dist.new_group(list(ranks))
+        if ranks in mine:
+            found[mine[ranks]] = _live(group)
+    return found
 
 
 def destroy_groups() -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+Tie = Literal["no", "embedding"] | tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -35,7 +37,8 @@ class ParameterInfo:
         counted: whether this rank's copy is the one that counts in the gradient norm and is stored, as far as tensor
             and pipeline replicas go (data-parallel replicas are ZeRO's business).
         sum_over_tensor: the gradient here is a partial sum over the tensor ranks.
-        tied: the copies on other pipeline stages whose gradients must be added: none, every stage, or first and last.
+        tied: the copies on other pipeline stages whose gradients must be added: none, on the first and last (the
+            embedding), or on the stages listed, in ascending order. The first of them counts.
         decay: whether weight decay applies.
     """
 
@@ -47,5 +50,5 @@ class ParameterInfo:
     expert: bool
     counted: bool
     sum_over_tensor: bool
-    tied: Literal["no", "pipeline", "embedding"]
+    tied: Tie
     decay: bool

@@ -10,6 +10,13 @@ ROUTERS = ("top_k", "da_moe")
 GATES = ("raw", "renormalized")
 IMPORTANCE = ("self_weight", "row_max", "row_entropy")
 BUDGETS = ("mean_k", "paper")
+HYPER_CHOICES = {
+    "condition_on": ("unselected", "selected", "constant", "static"),
+    "aggregation": ("mean", "sum", "prob"),
+    "sharing": ("model", "stage", "layer"),
+    "embeddings": ("layer", "model"),
+    "coefficient": ("one", "selected_probability"),
+}
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -25,8 +32,12 @@ class MoetrainConfig(PretrainedConfig):
         importance: (da_moe) `self_weight`, `row_max` or `row_entropy` of the token's attention row, mean over heads.
         budget: (da_moe) `paper`: ceil(importance * num_experts); `mean_k`: ceil(exp(log_alpha) * importance), with the
             trained `log_alpha` of each layer.
-        hyper: HyperMoE's sizes, or None: `bottleneck`, `hidden`, `expert_embedding`, `process`, `condition`,
-            `layer_embedding` and `aggregation` (`mean` or `sum` over the embeddings of unselected experts).
+        hyper: HyperMoE's sizes, or None: `bottleneck`, `hidden`, `expert_embedding`, `process`, `condition` and
+            `layer_embedding` (0: none). And its choices: `condition_on` (`unselected` or `selected` experts, one
+            learned `constant`, or `static`: an ordinary branch in each layer), `aggregation` (`mean`, `sum`, or `prob`:
+            weighted by renormalized router probabilities), `sharing` of the hypernetwork (by the `model`, by each of
+            `stages` equal groups of layers, or none: `layer`), `embeddings` (each `layer`'s, or the `model`'s),
+            `coefficient` (`one` or `selected_probability`).
     """
 
     model_type = "moetrain"
@@ -93,6 +104,9 @@ class MoetrainConfig(PretrainedConfig):
         ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; legal: {', '.join(legal)}")
+        for name, legal in HYPER_CHOICES.items():
+            if self.hyper is not None and self.hyper.get(name) not in legal:
+                raise ValueError(f"hyper[{name!r}] is {self.hyper.get(name)!r}; legal: {', '.join(legal)}")
         if len(self.moe_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"moe_layers has {len(self.moe_layers)} entries; num_hidden_layers is {self.num_hidden_layers}"

@@ -175,8 +175,9 @@ class MoetrainRouter(nn.Module):
         if config.router_type == "da_moe" and config.budget == "mean_k":
             self.register_buffer("log_alpha", torch.zeros((), dtype=torch.float32))
 
-    def forward(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [T, d], importance [T] or None -> gates fp32 [T, E] (0 where not selected), selected bool [T, E]."""
+    def forward(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d], importance [T] or None -> gates fp32 [T, E] (0 where not selected), selected bool [T, E],
+        probabilities fp32 [T, E]."""
         probabilities = F.linear(x.float(), self.weight.float()).softmax(-1)
         best, experts = probabilities.topk(self.config.top_experts, dim=-1)
         ranks = torch.arange(best.shape[-1], device=x.device)
@@ -186,7 +187,7 @@ class MoetrainRouter(nn.Module):
             best = best / best.sum(-1, keepdim=True)
         gates = torch.zeros_like(probabilities).scatter(-1, experts, best)
         selected = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, experts, kept)
-        return gates, selected
+        return gates, selected, probabilities
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves of the module (`.to`, `.half`) take log_alpha along, but a rounded one would change all budgets."""
@@ -206,15 +207,16 @@ class MoetrainRouter(nn.Module):
 
 
 class MoetrainHyperNetwork(nn.Module):
-    """Makes the weights of a small expert from a condition; one network for all layers (HyperMoE, arXiv 2402.12656)."""
+    """Makes the weights of a small expert from a condition, for `layers` layers from `first` on (HyperMoE, arXiv
+    2402.12656)."""
 
-    def __init__(self, config: MoetrainConfig) -> None:
+    def __init__(self, config: MoetrainConfig, first: int, layers: int) -> None:
         super().__init__()
         sizes, width = config.hyper, config.hidden_size
-        hidden, bottleneck = sizes["hidden"], sizes["bottleneck"]
-        self.bottleneck = bottleneck
-        self.layer_embedding = nn.Parameter(torch.empty(config.num_hidden_layers, sizes["layer_embedding"]))
-        self.input = nn.Linear(sizes["condition"] + sizes["layer_embedding"], hidden)
+        hidden, bottleneck, place = sizes["hidden"], sizes["bottleneck"], sizes["layer_embedding"]
+        self.first, self.bottleneck = first, bottleneck
+        self.layer_embedding = nn.Parameter(torch.empty(layers, place)) if place else None
+        self.input = nn.Linear(sizes["condition"] + place, hidden)
         self.down = nn.Linear(hidden, bottleneck * width)
         self.down_bias = nn.Linear(hidden, bottleneck)
         self.up = nn.Linear(hidden, width * bottleneck)
@@ -222,39 +224,102 @@ class MoetrainHyperNetwork(nn.Module):
 
     def encode(self, condition: Tensor, layer: int) -> Tensor:
         """[sets, c] -> [sets, h]."""
-        place = self.layer_embedding[layer].expand(condition.shape[0], -1)
-        return F.relu(self.input(torch.cat((condition, place), dim=-1)))
+        if self.layer_embedding is not None:
+            place = self.layer_embedding[layer - self.first].expand(condition.shape[0], -1)
+            condition = torch.cat((condition, place), dim=-1)
+        return F.relu(self.input(condition))
 
     def expert(self, code: Tensor, x: Tensor) -> Tensor:
         """The expert that code [h] stands for, on the tokens x [t, d] that share it."""
         inner = F.linear(x, self.down(code).view(self.bottleneck, -1), self.down_bias(code))
         return F.linear(F.relu(inner), self.up(code).view(-1, self.bottleneck), self.up_bias(code))
 
+    def expert_per_token(self, codes: Tensor, x: Tensor) -> Tensor:
+        """codes [T, h], x [T, d] -> [T, d], an expert for each token. No expert's weights are made: they are linear in
+        the code, so x meets the network's weights first and the code afterwards."""
+        r, d = self.bottleneck, x.shape[-1]
+        met = torch.einsum("td,rdh->trh", x, self.down.weight.view(r, d, -1))
+        inner = torch.einsum("trh,th->tr", met, codes) + F.linear(x, self.down.bias.view(r, d)) + self.down_bias(codes)
+        inner = F.relu(inner)
+        met = (inner[:, :, None] * codes[:, None, :]).flatten(1)
+        return (
+            F.linear(met, self.up.weight.view(d, -1)) + F.linear(inner, self.up.bias.view(d, r)) + self.up_bias(codes)
+        )
 
-class MoetrainHyper(nn.Module):
-    """A layer's own part of HyperMoE: the experts' embeddings, and the MLP from unselected ones to a condition."""
 
-    def __init__(self, config: MoetrainConfig, layer: int) -> None:
+class MoetrainSelection(nn.Module):
+    """Weights over experts -> the condition of a hypernetwork; or one learned condition for all."""
+
+    def __init__(self, config: MoetrainConfig) -> None:
         super().__init__()
         sizes = config.hyper
-        self.layer_idx = layer
-        self.mean = sizes["aggregation"] == "mean"
+        if sizes["condition_on"] == "constant":
+            self.constant = nn.Parameter(torch.empty(sizes["condition"]))
+            return
         self.expert_embedding = nn.Parameter(torch.empty(config.num_experts, sizes["expert_embedding"]))
         self.process_in = nn.Linear(sizes["expert_embedding"], sizes["process"])
         self.process_out = nn.Linear(sizes["process"], sizes["condition"])
 
-    def forward(self, x: Tensor, selected: Tensor, network: MoetrainHyperNetwork) -> Tensor:
-        """x [T, d], selected bool [T, E] -> [T, d]. Weights are made once per distinct selected set, not per token."""
+    def forward(self, weights: Tensor) -> Tensor:
+        """[sets, E] -> [sets, c]."""
+        if hasattr(self, "constant"):
+            return self.constant.expand(weights.shape[0], -1)
+        total = weights.to(self.expert_embedding.dtype) @ self.expert_embedding
+        return self.process_out(F.relu(self.process_in(total)))
+
+
+Shared = tuple[MoetrainHyperNetwork | None, MoetrainSelection | None]
+"""What a layer of HyperMoE has from the model and not of its own."""
+
+
+class MoetrainHyper(nn.Module):
+    """A layer's generated expert; or, `static`, an ordinary branch."""
+
+    def __init__(self, config: MoetrainConfig, layer: int) -> None:
+        super().__init__()
+        self.layer_idx, self.choices = layer, config.hyper
+        if config.hyper["condition_on"] == "static":
+            self.down = nn.Linear(config.hidden_size, config.hyper["bottleneck"])
+            self.up = nn.Linear(config.hyper["bottleneck"], config.hidden_size)
+            return
+        if config.hyper["sharing"] == "layer":
+            self.network = MoetrainHyperNetwork(config, layer, 1)
+        if config.hyper["embeddings"] == "layer":
+            self.selection = MoetrainSelection(config)
+
+    def forward(self, x: Tensor, selected: Tensor, probabilities: Tensor, shared: Shared) -> Tensor:
+        """x [T, d], selected bool [T, E], probabilities fp32 [T, E] -> [T, d]."""
+        if self.choices["condition_on"] == "static":
+            output = self.up(F.relu(self.down(x)))
+        else:
+            output = self.generated(x, selected, probabilities, shared)
+        if self.choices["coefficient"] == "selected_probability":
+            output = ((probabilities * selected).sum(-1, keepdim=True) * output.float()).to(output.dtype)
+        return output
+
+    def generated(self, x: Tensor, selected: Tensor, probabilities: Tensor, shared: Shared) -> Tensor:
+        """Weights are made once per distinct selected set; not at all where every token has a condition of its own."""
+        network = shared[0] if shared[0] is not None else self.network
+        selection = shared[1] if shared[1] is not None else self.selection
+        if self.choices["condition_on"] == "constant":
+            return network.expert(network.encode(selection(selected[:1]), self.layer_idx)[0], x)
+        if self.choices["aggregation"] == "prob":
+            mass = probabilities.detach() * self.aggregated(selected)
+            weights = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+            return network.expert_per_token(network.encode(selection(weights), self.layer_idx), x)
         sets, set_of_token = selected.unique(dim=0, return_inverse=True)
-        unselected = (~sets).to(self.expert_embedding.dtype)
-        total = unselected @ self.expert_embedding
-        if self.mean:
-            total = total / unselected.sum(-1, keepdim=True).clamp(min=1)
-        codes = network.encode(self.process_out(F.relu(self.process_in(total))), self.layer_idx)
+        weights = self.aggregated(sets).float()
+        if self.choices["aggregation"] == "mean":
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        codes = network.encode(selection(weights), self.layer_idx)
         order = set_of_token.argsort(stable=True)
         counts = set_of_token.bincount(minlength=len(sets)).tolist()
         rows = [network.expert(code, part) for code, part in zip(codes, x[order].split(counts), strict=True)]
         return torch.empty_like(x).index_copy(0, order, torch.cat(rows))
+
+    def aggregated(self, selected: Tensor) -> Tensor:
+        """Whose embeddings make the condition."""
+        return selected if self.choices["condition_on"] == "selected" else ~selected
 
 
 class MoetrainMoE(nn.Module):
@@ -269,18 +334,18 @@ class MoetrainMoE(nn.Module):
         if config.hyper is not None:
             self.hyper = MoetrainHyper(config, layer)
 
-    def forward(self, x: Tensor, importance: Tensor | None, network: MoetrainHyperNetwork | None) -> Tensor:
+    def forward(self, x: Tensor, importance: Tensor | None, shared: Shared) -> Tensor:
         """x [b, s, d], importance [b, s] or None -> [b, s, d]."""
         tokens = x.flatten(0, 1)
-        gates, selected = self.gate(tokens, None if importance is None else importance.flatten())
+        gates, selected, probabilities = self.gate(tokens, None if importance is None else importance.flatten())
         output = torch.zeros_like(tokens, dtype=torch.float32)
         for number, expert in enumerate(self.experts):
             rows = selected[:, number].nonzero().squeeze(-1)
             if len(rows):
                 output.index_add_(0, rows, gates[rows, number, None] * expert(tokens[rows]).float())
         output = output.to(x.dtype)
-        if network is not None:
-            output = output + self.hyper(tokens, selected, network)
+        if hasattr(self, "hyper"):
+            output = output + self.hyper(tokens, selected, probabilities, shared)
         return output.view_as(x)
 
 
@@ -306,13 +371,13 @@ class MoetrainDecoderLayer(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],
         visible: Tensor,
         past: int,
-        network: MoetrainHyperNetwork | None,
+        shared: Shared,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         attended, importance = self.self_attn(self.input_layernorm(x), rotary, visible, past, past_key_values)
         x = x + attended
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, importance, network) if self.sparse else self.mlp(normed))
+        return x + (self.mlp(normed, importance, shared) if self.sparse else self.mlp(normed))
 
 
 class MoetrainPreTrainedModel(PreTrainedModel):
@@ -330,9 +395,9 @@ class MoetrainPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if hasattr(module, "log_alpha"):
                 nn.init.zeros_(module.log_alpha)
-        elif isinstance(module, MoetrainHyper):
-            nn.init.normal_(module.expert_embedding)
-        elif isinstance(module, MoetrainHyperNetwork):
+        elif isinstance(module, MoetrainSelection):
+            nn.init.normal_(module.constant if hasattr(module, "constant") else module.expert_embedding)
+        elif isinstance(module, MoetrainHyperNetwork) and module.layer_embedding is not None:
             nn.init.normal_(module.layer_embedding)
 
 
@@ -344,9 +409,30 @@ class MoetrainModel(MoetrainPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MoetrainDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = MoetrainRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hypernetwork = MoetrainHyperNetwork(config) if config.hyper is not None else None
+        self._add_shared_parts_of_hypermoe()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _add_shared_parts_of_hypermoe(self) -> None:
+        config, choices, layers = self.config, self.config.hyper, self.config.num_hidden_layers
+        if choices is None or choices["condition_on"] == "static":
+            return
+        if choices["sharing"] == "model":
+            self.hypernetwork = MoetrainHyperNetwork(config, 0, layers)
+        elif choices["sharing"] == "stage":
+            size = layers // choices["stages"]
+            self.hypernetworks = nn.ModuleList(
+                MoetrainHyperNetwork(config, first, size) for first in range(0, layers, size)
+            )
+        if choices["embeddings"] == "model":
+            self.selection_embedding = MoetrainSelection(config)
+
+    def _shared(self, layer: int) -> Shared:
+        """What this layer does not have of its own."""
+        network = getattr(self, "hypernetwork", None)
+        if hasattr(self, "hypernetworks"):
+            network = self.hypernetworks[layer * len(self.hypernetworks) // self.config.num_hidden_layers]
+        return network, getattr(self, "selection_embedding", None)
 
     def forward(
         self,
@@ -377,10 +463,10 @@ class MoetrainModel(MoetrainPreTrainedModel):
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         visible = visible_keys(attention_mask, batch, queries, past, x.device)
         states = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(x)
-            x = layer(x, rotary, visible, past, self.hypernetwork, past_key_values=past_key_values)
+            x = layer(x, rotary, visible, past, self._shared(number), past_key_values=past_key_values)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,

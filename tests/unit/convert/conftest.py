@@ -15,6 +15,14 @@ from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM
 from moetrain.convert.mapping import ParamMap
 
 HYPER = {"bottleneck": 3, "hidden": 7, "expert_embedding": 5, "process": 6, "condition": 4, "layer_embedding": 2}
+HYPER_VARIANTS: dict[str, dict] = {
+    "selected-layer": {"condition_on": "selected", "aggregation": "sum", "sharing": "layer"},
+    "stage-embeddings": {"sharing": "stage", "stages": 3, "embeddings": "model", "layer_embedding": 0},
+    "prob-gated": {"aggregation": "prob", "coefficient": "selected_probability"},
+    "selected-prob": {"condition_on": "selected", "aggregation": "prob", "sharing": "stage", "stages": 1},
+    "constant": {"condition_on": "constant", "embeddings": "model"},
+    "static-gated": {"condition_on": "static", "coefficient": "selected_probability"},
+}
 DA = {"type": "da_moe", "min_k": 1, "max_k": 4, "mean_k": 2.0}
 KINDS: dict[str, dict] = {
     "dense": {},
@@ -32,6 +40,7 @@ KINDS: dict[str, dict] = {
         for budget in ("mean_k", "paper")
     },
     "da_moe-all-experts": {"moe": {"router": {"type": "da_moe", "budget": "paper"}, "hyper": HYPER}},
+    **{f"hyper-{name}": {"moe": {"router": DA, "hyper": HYPER | choices}} for name, choices in HYPER_VARIANTS.items()},
     "da_moe-hyper": {"moe": {"router": DA | {"gates": "renormalized"}, "hyper": HYPER, "layer_freq": 2}},
 }
 

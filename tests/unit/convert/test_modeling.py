@@ -80,23 +80,37 @@ def budget(w: Weights, prefix: str, importance: float, moe: MoEConfig) -> int:
 
 
 def generated_expert(
-    w: Weights, prefix: str, x: Tensor, unselected: list[int], layer: int, model: ModelConfig
+    w: Weights, prefix: str, x: Tensor, chosen: list[int], p: Tensor, layer: int, model: ModelConfig
 ) -> Tensor:
     hyper = model.moe.hyper
-    total = sum(
-        (w[prefix + "expert_embedding"][e] for e in unselected), torch.zeros(hyper.expert_embedding, dtype=x.dtype)
-    )
-    if hyper.aggregation == "mean" and unselected:
-        total = total / len(unselected)
-    inner = (w[prefix + "process_in.weight"] @ total + w[prefix + "process_in.bias"]).relu()
-    condition = w[prefix + "process_out.weight"] @ inner + w[prefix + "process_out.bias"]
 
-    def net(name: str, value: Tensor) -> Tensor:
-        return w[f"hypernetwork.{name}.weight"] @ value + w[f"hypernetwork.{name}.bias"]
+    def linear(name: str, value: Tensor) -> Tensor:
+        return w[f"{name}.weight"] @ value + w[f"{name}.bias"]
 
-    code = net("input", torch.cat((condition, w["hypernetwork.layer_embedding"][layer]))).relu()
-    down, up = net("down", code).view(hyper.bottleneck, -1), net("up", code).view(-1, hyper.bottleneck)
-    return up @ (down @ x + net("down_bias", code)).relu() + net("up_bias", code)
+    if hyper.condition_on == "static":
+        return linear(prefix + "up", linear(prefix + "down", x).relu())
+    own = {"layer": prefix, "model": "selection_embedding."}[hyper.embeddings]
+    if hyper.condition_on == "constant":
+        condition = w[own + "constant"]
+    else:
+        used = [e for e in range(model.moe.num_experts) if (e in chosen) == (hyper.condition_on == "selected")]
+        total = torch.zeros(hyper.expert_embedding, dtype=x.dtype)
+        for e in used:
+            share = {"sum": 1, "mean": 1 / len(used), "prob": p[e] / p[used].sum()}[hyper.aggregation]
+            total = total + share * w[own + "expert_embedding"][e]
+        condition = linear(own + "process_out", linear(own + "process_in", total).relu())
+    size = model.num_layers // (hyper.stages or 1)
+    network, row = {
+        "model": ("hypernetwork.", layer),
+        "stage": (f"hypernetworks.{layer // size}.", layer % size),
+        "layer": (prefix + "network.", 0),
+    }[hyper.sharing]
+    if hyper.layer_embedding:
+        condition = torch.cat((condition, w[network + "layer_embedding"][row]))
+    code = linear(network + "input", condition).relu()
+    down = linear(network + "down", code).view(hyper.bottleneck, -1)
+    up = linear(network + "up", code).view(-1, hyper.bottleneck)
+    return up @ (down @ x + linear(network + "down_bias", code)).relu() + linear(network + "up_bias", code)
 
 
 def moe_token(w: Weights, prefix: str, x: Tensor, importance: float, layer: int, model: ModelConfig) -> Tensor:
@@ -108,8 +122,8 @@ def moe_token(w: Weights, prefix: str, x: Tensor, importance: float, layer: int,
     for e in chosen:
         y += p[e] / total * swiglu(x, w[prefix + "experts.fc1"][e], w[prefix + "experts.fc2"][e])
     if moe.hyper is not None:
-        rest = [e for e in range(moe.num_experts) if e not in chosen]
-        y += generated_expert(w, prefix + "hyper.", x, rest, layer, model)
+        gated = moe.hyper.coefficient == "selected_probability"
+        y += generated_expert(w, prefix + "hyper.", x, chosen, p, layer, model) * (p[chosen].sum() if gated else 1)
     return y
 
 
