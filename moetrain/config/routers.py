@@ -214,6 +214,10 @@ class DAMoERouterConfig(RouterConfig):
         """Groups of positions that are ranked apart: b holds positions 2^b - 1 to 2^(b+1) - 2, the last all beyond."""
         return 16 if self.debias == "position" else 1
 
+    def first_k(self, num_experts: int) -> int:
+        """With `debias: position`, experts of the first token, which attention cannot rank: `mean_k`, rounded."""
+        return min(int(self.mean_k + 0.5), self.selectable(num_experts)[-1])
+
     @property
     def has_thresholds(self) -> bool:
         """Whether the number of experts varies and is held at a mean."""

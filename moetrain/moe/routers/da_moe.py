@@ -7,7 +7,6 @@ thresholds of a bucket.
 from __future__ import annotations
 
 import hashlib
-import math
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class DAMoERouter(Router):
         assert isinstance(settings, DAMoERouterConfig)
         self.settings, self.min_k = settings, settings.min_k
         self.by_position = settings.debias == "position"
-        self.first_k = min(math.floor(settings.mean_k + 0.5), self.max_k)
+        self.first_k = settings.first_k(moe.num_experts)
         # Statistics that may exceed one are ranked by their logarithm, shares of one by their log-odds.
         self.to_importance = torch.exp if settings.importance == "col_sum" else torch.sigmoid
         if settings.importance == "predicted":
