@@ -22,6 +22,7 @@ _MODEL_MAY_CHANGE = frozenset(
         "model.moe.dispatch.max_rows",
         "model.moe.dispatch.overlap",
         "model.moe.router.controller_rate",
+        "model.moe.router.predictor_loss_coeff",
     }
 )
 # Where and on what a run runs; how often it speaks. Layout independence is the point of the format.

@@ -224,10 +224,15 @@ class ModelConfig(Section):
                 raise ValueError(f"moe.layer_freq ({freq}) makes none of the {self.num_layers} layers a MoE layer")
             self._check_hypernetwork_stages()
             measure = self.moe.router.attention_measure
-            if measure in NONCAUSAL_IMPORTANCE and self.type == "decoder":
+            if measure in NONCAUSAL_IMPORTANCE and self.type == "decoder" and not self.moe.router.allows_noncausal:
                 raise ValueError(
                     f"moe.router.importance ({measure}) looks at later tokens, so in a causal model the "
                     f"routing of a token would leak its future; legal here: {', '.join(CAUSAL_IMPORTANCE)}"
+                )
+            if self.moe.router.attention_teacher is not None and self.type == "encoder":
+                raise ValueError(
+                    "moe.router.importance (predicted) stands in for the attention that a token will receive, which an "
+                    "encoder knows; legal here: col_max, col_sum and the measures of rows"
                 )
         return self
 

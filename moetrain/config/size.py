@@ -97,7 +97,8 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
             forward += dense_mlp
             continue
         k = moe.expected_mean_k if mean_k is None else mean_k
-        forward += 2 * d * moe.num_experts + k * 6 * d * moe.ffn_hidden_size
+        gate = 2 * (d * moe.num_experts + sum(math.prod(s) for s in moe.router.extra_parameters(d).values()))
+        forward += gate + k * 6 * d * moe.ffn_hidden_size
         if moe.hyper is not None:
             forward += _hyper_flops(moe.hyper, moe.num_experts, d)
     return 3.0 * forward
@@ -118,6 +119,7 @@ def _hyper_flops(hyper: HyperConfig, num_experts: int, d: int) -> int:
 def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     e, f = moe.num_experts, moe.ffn_hidden_size
     yield f"{prefix}.router.weight", (e, d)
+    yield from ((f"{prefix}.router.{name}", shape) for name, shape in moe.router.extra_parameters(d).items())
     yield f"{prefix}.experts.fc1", (e, 2 * f, d)
     yield f"{prefix}.experts.fc2", (e, d, f)
     if moe.hyper is None:

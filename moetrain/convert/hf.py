@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 from moetrain.config.schema import RunConfig
 from moetrain.convert import hf_modeling
 from moetrain.convert.hf_config import hf_config, refuse_inexpressible, run_config
-from moetrain.convert.mapping import ParamMap, Shape, check_tensors
+from moetrain.convert.mapping import TRAINING_ONLY, ParamMap, Shape, check_tensors
 from moetrain.convert.model_card import model_card
 from moetrain.convert.tokenizer import TokenizerFacts, named_tokenizer, write_tokenizer
 from moetrain.errors import ConversionError
@@ -59,7 +59,8 @@ class Checkpoint(Protocol):
 
 
 class ModelWeights:
-    """A checkpoint's parameters and controllers under their own names; optimizer and random states are left out."""
+    """A checkpoint's parameters and controllers under their own names; optimizer and random states are left out, and
+    so is what only moves a controller."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -67,7 +68,7 @@ class ModelWeights:
             name.removeprefix(prefix): name
             for name in checkpoint.names()
             for prefix in ("weight.", "controller.")
-            if name.startswith(prefix)
+            if name.startswith(prefix) and not (prefix == "controller." and name.endswith(TRAINING_ONLY))
         }
 
     def names(self) -> Iterable[str]:
@@ -119,7 +120,7 @@ def export_hf(
 ) -> ExportReport:
     """Write `out`: weights, config, tokenizer, modelling files, model card.
 
-    `dtype` is "float32" or "bfloat16" (a controller's log_alpha stays fp32); `max_shard_size` is like "500MB"; only a
+    `dtype` is "float32" or "bfloat16" (thresholds of a router stay fp32); `max_shard_size` is like "500MB"; only a
     tensor that alone is larger may exceed it. `tokenizer` is a SentencePiece .model, a tokenizer.json or its folder;
     by default the one that the run's config names. `check` sees the finished folder before it gets its final name, and
     vetoes it by raising. `announce` gets one line with the size before any weight is read.

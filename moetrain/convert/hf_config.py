@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
 from moetrain.config.schema import ModelConfig as OurConfig
 from moetrain.config.schema import MoEConfig, RunConfig
-from moetrain.convert.hf_modeling.configuration_moetrain import MoetrainConfig
+from moetrain.convert.hf_modeling.configuration_moetrain import IMPORTANCE, MoetrainConfig
 from moetrain.errors import ConversionError
 
 HYPER_FIELDS = (
@@ -76,14 +76,31 @@ def _moe_settings(moe: MoEConfig) -> dict:
         case TopKRouterConfig() as router:
             return settings | {"router_gates": router.gates, "num_experts_per_tok": router.top_k}
         case DAMoERouterConfig() as router:
-            names = ("importance", "budget", "min_k")
-            settings |= {"router_gates": router.gates}
-            return settings | {name: getattr(router, name) for name in names} | {"max_k": moe.max_top_k}
+            return settings | _importance_settings(router, moe)
         case router:
             raise ConversionError(
                 f"model.moe.router.type ({router.type}): the exported modelling code has no such router; "
                 "it has: top_k, da_moe"
             )
+
+
+def _importance_settings(router: DAMoERouterConfig, moe: MoEConfig) -> dict:
+    if router.importance not in IMPORTANCE:
+        raise ConversionError(
+            f"model.moe.router.importance ({router.importance}): the exported modelling code has no such measure; "
+            f"it has: {', '.join(IMPORTANCE)}"
+        )
+    by_position = router.budget == "mean_k" and router.debias == "position"
+    return {
+        "router_gates": router.gates,
+        "importance": router.importance,
+        "importance_direction": router.direction,
+        "budget": router.budget,
+        "position_buckets": router.position_buckets,
+        "first_k": router.first_k(moe.num_experts) if by_position else None,
+        "min_k": router.min_k,
+        "max_k": moe.max_top_k,
+    }
 
 
 def run_config(config: dict) -> RunConfig:

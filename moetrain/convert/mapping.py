@@ -87,7 +87,7 @@ TRANSFORMS = {
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-Part = Literal["model", "head", "layer", "dense", "moe", "budget", "hyper"]
+Part = Literal["model", "head", "layer", "dense", "moe", "predictor", "budget", "hyper"]
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,16 @@ RULES: tuple[Rule, ...] = (
     ),
     _same("dense", _MLP + "linear_fc2.weight", _THEIR_MLP + "down_proj.weight", "d", "ffn"),
     _same("moe", _MLP + "router.weight", _THEIR_MLP + "gate.weight", "E", "d"),
-    # Rounding log_alpha to bf16 would change every token's number of experts, so it never leaves fp32.
-    _same("budget", _MLP + "router.log_alpha", _THEIR_MLP + "gate.log_alpha", keep_fp32=True),
+    _same("predictor", _MLP + "router.predictor", _THEIR_MLP + "gate.predictor", "d"),
+    # Rounding thresholds to bf16 would change the number of experts of many tokens, so they never leave fp32.
+    _same(
+        "budget",
+        _MLP + "router.thresholds",
+        _THEIR_MLP + "gate.thresholds",
+        "position_buckets",
+        "thresholds",
+        keep_fp32=True,
+    ),
     Rule(
         "moe",
         _MLP + "experts.fc1",
@@ -193,6 +201,10 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+TRAINING_ONLY = tuple(f".mlp.router.{name}" for name in ("quartiles", "offsets", "visits", "threshold"))
+"""Controllers from which training makes the thresholds; a finished model has no use for them."""
+
+
 def _sizes(model: ModelConfig) -> dict[str, int]:
     """What the symbols in `Rule.shape` stand for."""
     d, hd, heads, groups = model.hidden_size, model.head_dim, model.num_attention_heads, model.kv_heads
@@ -206,6 +218,9 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
     }
     if model.moe is not None:
         sizes |= {"E": model.moe.num_experts, "f": model.moe.ffn_hidden_size, "2f": 2 * model.moe.ffn_hidden_size}
+        if isinstance(router := model.moe.router, DAMoERouterConfig):
+            sizes |= {"position_buckets": router.position_buckets}
+            sizes |= {"thresholds": len(model.moe.selectable) - 1}
         if (hyper := model.moe.hyper) is not None:
             sizes |= {"t": hyper.expert_embedding, "q_process": hyper.process, "c": hyper.condition}
             sizes |= {"rows": 1 if hyper.sharing == "layer" else model.num_layers // (hyper.stages or 1)}
@@ -228,8 +243,11 @@ def _layer_parts(model: ModelConfig, layer: int) -> set[Part]:
     if model.moe is None or not model.is_moe_layer(layer):
         return {"layer", "dense"}
     parts: set[Part] = {"layer", "moe"}
-    if isinstance(model.moe.router, DAMoERouterConfig) and model.moe.router.budget == "mean_k":
-        parts.add("budget")
+    if isinstance(router := model.moe.router, DAMoERouterConfig):
+        if router.has_thresholds:
+            parts.add("budget")
+        if router.importance == "predicted":
+            parts.add("predictor")
     if model.moe.hyper is not None:
         parts.add("hyper")
     return parts

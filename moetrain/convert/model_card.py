@@ -87,11 +87,9 @@ def _summary(model: ModelConfig) -> str:
     moe, router = model.moe, model.moe.router
     sparse = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
     if isinstance(router, DAMoERouterConfig):
-        paper = "by the paper's ceil(importance * experts)"
-        mean = f"{router.mean_k:g} on average" if router.budget == "mean_k" else paper
         routing = (
-            f"Dynamic routing (DA-MoE, arXiv 2409.06669): a token gets {router.min_k} to {moe.max_top_k} experts, "
-            f"{mean}, from its {router.importance} in the layer's attention."
+            f"Dynamic routing (DA-MoE, arXiv 2409.06669): a token gets at least {router.min_k} of the experts: "
+            f"{router.describe(moe.num_experts)}."
         )
     else:
         routing = f"Experts of a token: {router.describe(moe.num_experts)}."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,13 +36,15 @@ class ImportanceAttention(nn.Module):
         attention_type: str,
         measure: str | None,
         tensor_group: dist.ProcessGroup,
+        teacher: str | None = None,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: object = None,
     ) -> None:
-        """Megatron passes everything but `measure` and `tensor_group`, which come from the module spec."""
+        """Megatron passes everything but `measure`, `teacher` and `tensor_group`, which come from the module spec."""
         super().__init__()
-        self.measure, self.tensor_group = measure, tensor_group
+        assert measure is None or teacher is None
+        self.measure, self.teacher, self.tensor_group = measure, teacher, tensor_group
         self.num_heads = config.num_attention_heads
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
@@ -66,13 +69,16 @@ class ImportanceAttention(nn.Module):
         assert attention_bias is None and packed_seq_params is None
         valid_BS = attention_mask
         self._valid_SB = None if valid_BS is None else valid_BS.t()
-        if self.measure is not None or valid_BS is not None:
+        measure = "col_sum" if self.teacher is not None and self.training else self.measure
+        if measure is not None or valid_BS is not None:
             # Our operator also where only the mask asks for it: torch's makes NaN of a row that sees nothing.
             context, total_SB = attention_with_importance(
-                query_SBHd, key_SBGd, value_SBGd, self.measure or "self_weight", self.causal, self.scale, valid_BS
+                query_SBHd, key_SBGd, value_SBGd, measure or "self_weight", self.causal, self.scale, valid_BS
             )
-            if self.measure is not None:
+            if measure is not None:
                 self._importance_SB = self._mean_over_heads(total_SB)
+                if self.teacher is not None:
+                    self._importance_SB = received_rank(self._importance_SB, relative=self.teacher == "relative")
             return context.flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBHd, key_SBGd, value_SBGd))
         grouped = q.shape[1] != k.shape[1]
@@ -95,3 +101,19 @@ class ImportanceAttention(nn.Module):
         if self.tensor_group.size() > 1:
             dist.all_reduce(total_SB, group=self.tensor_group)
         return total_SB / self.num_heads
+
+
+def received_rank(received_SB: Tensor, relative: bool) -> Tensor:
+    """Rank of each token in its sequence by the attention that it receives under a causal mask, in (0, 1), fp32 [S, B].
+
+    Early tokens are seen by more queries and share them with fewer keys: uniform attention gives key j of S the weight
+    sum_{i=j}^{S-1} 1 / (i + 1). With `relative`, attention is divided by that first, or the rank would say little but
+    the position.
+    """
+    length = received_SB.shape[0]
+    if relative:
+        weights_S = 1.0 / torch.arange(1, length + 1, dtype=torch.float64, device=received_SB.device)
+        uniform_S = weights_S.flip(0).cumsum(0).flip(0)
+        received_SB = received_SB / uniform_S[:, None].to(received_SB.dtype)
+    ranks_SB = received_SB.argsort(dim=0, stable=True).argsort(dim=0)
+    return (ranks_SB.float() + 0.5) / length

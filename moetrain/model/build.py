@@ -140,7 +140,7 @@ def _layer_spec(
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
         assert model.moe is not None
-        measure = model.moe.router.attention_measure
+        measure, teacher = model.moe.router.attention_measure, model.moe.router.attention_teacher
         params = {
             "moe": model.moe,
             "groups": groups,
@@ -151,7 +151,7 @@ def _layer_spec(
         mlp = ModuleSpec(module=MoELayer, params=params)
         layer_class: type = MoETransformerLayer
     else:
-        measure = None
+        measure = teacher = None
         fc = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = ModuleSpec(module=MLP, submodules=fc)
         layer_class = TransformerLayer
@@ -159,7 +159,8 @@ def _layer_spec(
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=ModuleSpec(
-            module=ImportanceAttention, params={"measure": measure, "tensor_group": groups.tensor}
+            module=ImportanceAttention,
+            params={"measure": measure, "teacher": teacher, "tensor_group": groups.tensor},
         ),
         linear_proj=RowParallelLinear,
         q_layernorm=IdentityOp,

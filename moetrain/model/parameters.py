@@ -32,7 +32,7 @@ def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parame
 
 
 def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, Tensor]]:
-    """Live tensors of this rank's router controllers, by global name: `decoder.layers.<i>.mlp.router.log_alpha`."""
+    """Live tensors of this rank's router controllers, by global name: `decoder.layers.<i>.mlp.router.thresholds`."""
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, Router):

@@ -109,9 +109,7 @@ class MoELayer(nn.Module):
             return None
         return self.hyper(x_TD, decision.expert_ids_TK, decision.probs_TE)
 
-    def _context(
-        self, shape_SBD: torch.Size, importance_SB: Tensor | None, valid_T: Tensor | None
-    ) -> RoutingContext:
+    def _context(self, shape_SBD: torch.Size, importance_SB: Tensor | None, valid_T: Tensor | None) -> RoutingContext:
         """Of this rank's part of the sequences."""
         local_length, sequences, _ = shape_SBD
         return RoutingContext(

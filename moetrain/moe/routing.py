@@ -26,7 +26,8 @@ class RoutingContext:
         local_length, sequences: S and B.
         length: positions of a whole sequence, over all the tensor ranks that share it.
         start: position in the sequence of this rank's first token.
-        importance_T: fp32, the statistic that the router's settings asked for as `attention_measure`; else None.
+        importance_T: fp32, the statistic that the router's settings asked for as `attention_measure`, or in training
+            the rank that they asked for as `attention_teacher`; else None.
         valid_T: bool, True = a real token; None: all are. What a router decides for padding is taken back (see
             `RoutingDecision.without_padding`), but its statistics and its loss must leave padding out.
     """

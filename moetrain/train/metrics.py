@@ -52,7 +52,7 @@ class RouterStats:
     mean_k: float
     """experts per token"""
     controllers: Mapping[str, float] = field(default_factory=dict)
-    """the router's scalar controllers by name, such as `log_alpha`"""
+    """the router's scalar controllers by name, such as `threshold`"""
     hyper_norm_ratio: float | None = None
     """rms of the hyper-expert's output over rms of the experts' output, where there is one"""
 

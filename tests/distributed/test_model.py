@@ -10,6 +10,7 @@ from parity import LAYOUTS, SINGLE, Layout, layout_of, run_steps, tiny_config, w
 from moetrain.config.size import parameter_shapes
 from moetrain.model.build import transformer_config
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routing import RoutingContext
 from moetrain.runtime.groups import create_groups
 from moetrain.testing import run_distributed
 from moetrain.train.setup import build_step
@@ -55,7 +56,7 @@ def initial_hyper_output(changes: dict) -> tuple[float, float, bool]:
     layer = next(m for m in step.chunks[0].modules() if isinstance(m, MoELayer))
     assert layer.hyper is not None
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    decision = layer.router(x, torch.rand(64))
+    decision = layer.router(x, RoutingContext(64, 1, 64, 0, torch.rand(64)))
     output = layer.hyper(x, decision.expert_ids_TK, decision.probs_TE)
     output.sum().backward()
     return float(output.square().mean().sqrt()), float(x.square().mean().sqrt()), layer.router.weight.grad is not None

@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 
 ROUTERS = ("top_k", "da_moe")
 GATES = ("raw", "renormalized")
-IMPORTANCE = ("self_weight", "row_max", "row_entropy")
+IMPORTANCE = ("self_weight", "row_max", "row_entropy", "predicted")
+DIRECTIONS = ("high", "low")
 BUDGETS = ("mean_k", "paper")
 HYPER_CHOICES = {
     "condition_on": ("unselected", "selected", "constant", "static"),
@@ -29,9 +30,14 @@ class MoetrainConfig(PretrainedConfig):
             `max_k`, from its importance in the same layer's attention.
         router_gates: `raw` weighs an expert by its softmax probability over all experts, `renormalized` by that
             probability divided by the sum over the selected ones.
-        importance: (da_moe) `self_weight`, `row_max` or `row_entropy` of the token's attention row, mean over heads.
-        budget: (da_moe) `paper`: ceil(importance * num_experts); `mean_k`: ceil(exp(log_alpha) * importance), with the
-            trained `log_alpha` of each layer.
+        importance: (da_moe) `self_weight`, `row_max` or `row_entropy` of the token's attention row, mean over heads; or
+            `predicted` from the token's hidden state.
+        importance_direction: (da_moe) whether tokens of `high` or of `low` importance get more experts.
+        budget: (da_moe) `paper`: ceil(importance * num_experts); `mean_k`: `min_k`, and one more for each of the
+            layer's trained `thresholds` that the importance reaches.
+        position_buckets: (da_moe, mean_k) groups of positions with thresholds of their own: group b holds positions
+            2^b - 1 to 2^(b+1) - 2, the last one all beyond.
+        first_k: (da_moe, mean_k) experts of the first token, where positions have groups; None: by importance too.
         hyper: HyperMoE's sizes, or None: `bottleneck`, `hidden`, `expert_embedding`, `process`, `condition` and
             `layer_embedding` (0: none). And its choices: `condition_on` (`unselected` or `selected` experts, one
             learned `constant`, or `static`: an ordinary branch in each layer), `aggregation` (`mean`, `sum`, or `prob`:
@@ -63,7 +69,10 @@ class MoetrainConfig(PretrainedConfig):
         num_experts_per_tok: int = 2,
         router_gates: str = "raw",
         importance: str = "self_weight",
+        importance_direction: str = "high",
         budget: str = "mean_k",
+        position_buckets: int = 1,
+        first_k: int | None = None,
         min_k: int = 1,
         max_k: int | None = None,
         hyper: dict[str, Any] | None = None,
@@ -88,7 +97,10 @@ class MoetrainConfig(PretrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.router_gates = router_gates
         self.importance = importance
+        self.importance_direction = importance_direction
         self.budget = budget
+        self.position_buckets = position_buckets
+        self.first_k = first_k
         self.min_k = min_k
         self.max_k = max_k or num_experts
         self.hyper = hyper
@@ -100,6 +112,7 @@ class MoetrainConfig(PretrainedConfig):
             ("router_type", ROUTERS),
             ("router_gates", GATES),
             ("importance", IMPORTANCE),
+            ("importance_direction", DIRECTIONS),
             ("budget", BUDGETS),
         ):
             if getattr(self, name) not in legal:
@@ -129,3 +142,13 @@ class MoetrainConfig(PretrainedConfig):
     def top_experts(self) -> int:
         """The most experts that a token can get."""
         return self.max_k if self.router_type == "da_moe" else self.num_experts_per_tok
+
+    @property
+    def attention_statistic(self) -> str | None:
+        """What the router reads from attention."""
+        return self.importance if self.router_type == "da_moe" and self.importance != "predicted" else None
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether importance is ranked by thresholds."""
+        return self.router_type == "da_moe" and self.budget == "mean_k" and self.min_k < self.max_k

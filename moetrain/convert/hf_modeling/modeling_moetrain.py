@@ -1,8 +1,9 @@
 """Inference and fine-tuning of models trained with moetrain, in plain torch.
 
-Every routing decision of a token depends on that token's row of the attention matrix alone, so decoding with a cache,
-a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes the language-model loss;
-the balance losses and controllers of pretraining are not part of this file (`log_alpha` stays as trained).
+Every routing decision of a token depends on that token's hidden state and row of the attention matrix alone, so
+decoding with a cache, a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes
+the language-model loss; the balance losses and controllers of pretraining are not part of this file (`thresholds` stay
+as trained).
 
 Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens, d width, E experts, r bottleneck.
 """
@@ -131,7 +132,7 @@ class MoetrainAttention(nn.Module):
         width, head = config.hidden_size, config.head_dim
         self.layer_idx = layer
         self.head_dim = head
-        self.importance = config.importance if config.moe_layers[layer] and config.router_type == "da_moe" else None
+        self.importance = config.attention_statistic if config.moe_layers[layer] else None
         self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
@@ -172,16 +173,19 @@ class MoetrainRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        if config.router_type == "da_moe" and config.budget == "mean_k":
-            self.register_buffer("log_alpha", torch.zeros((), dtype=torch.float32))
+        if config.router_type == "da_moe" and config.importance == "predicted":
+            self.predictor = nn.Parameter(torch.empty(config.hidden_size))
+        if config.has_thresholds:
+            shape = (config.position_buckets, config.max_k - config.min_k)
+            self.register_buffer("thresholds", torch.zeros(shape, dtype=torch.float32))
 
-    def forward(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d], importance [T] or None -> gates fp32 [T, E] (0 where not selected), selected bool [T, E],
-        probabilities fp32 [T, E]."""
+    def forward(self, x: Tensor, importance: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d], importance [T] or None, positions [T] -> gates fp32 [T, E] (0 where not selected), selected bool
+        [T, E], probabilities fp32 [T, E]."""
         probabilities = F.linear(x.float(), self.weight.float()).softmax(-1)
         best, experts = probabilities.topk(self.config.top_experts, dim=-1)
         ranks = torch.arange(best.shape[-1], device=x.device)
-        kept = ranks < self._budget(x, importance)[:, None]
+        kept = ranks < self._budget(x, importance, positions)[:, None]
         best = best * kept
         if self.config.router_gates == "renormalized":
             best = best / best.sum(-1, keepdim=True)
@@ -190,20 +194,33 @@ class MoetrainRouter(nn.Module):
         return gates, selected, probabilities
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves of the module (`.to`, `.half`) take log_alpha along, but a rounded one would change all budgets."""
-        kept = getattr(self, "log_alpha", None)
+        """Moves of the module (`.to`, `.half`) take the thresholds along; rounded ones would change the budgets."""
+        kept = getattr(self, "thresholds", None)
         super()._apply(fn, recurse)
-        if kept is not None and self.log_alpha.dtype != kept.dtype:
-            self.log_alpha = kept.to(self.log_alpha.device)
+        if kept is not None and self.thresholds.dtype != kept.dtype:
+            self.thresholds = kept.to(self.thresholds.device)
         return self
 
-    def _budget(self, x: Tensor, importance: Tensor | None) -> Tensor:
+    def _budget(self, x: Tensor, importance: Tensor | None, positions: Tensor) -> Tensor:
         """How many experts each token gets, [T]."""
         config = self.config
-        if importance is None:
+        if config.router_type != "da_moe":
             return torch.full(x.shape[:1], config.num_experts_per_tok, device=x.device)
-        scale = self.log_alpha.float().exp() if config.budget == "mean_k" else config.num_experts
-        return (importance * scale).ceil().clamp(config.min_k, config.max_k)
+        if config.importance == "predicted":
+            importance = (x.float() * self.predictor.float()).sum(-1).sigmoid()
+        if config.budget == "paper":
+            return (importance * config.num_experts).ceil().clamp(config.min_k, config.max_k)
+        if not config.has_thresholds:
+            return torch.full(x.shape[:1], config.max_k, device=x.device)
+        starts = torch.tensor([2**b - 1 for b in range(1, config.position_buckets)], device=x.device)
+        bucket = torch.bucketize(positions, starts, right=True)
+        # Thresholds are log-odds of an importance.
+        if config.importance_direction == "high":
+            above = importance[:, None] >= self.thresholds.sigmoid()[bucket]
+        else:
+            above = importance[:, None] <= (-self.thresholds).sigmoid()[bucket]
+        number = config.min_k + above.sum(-1)
+        return number if config.first_k is None else torch.where(positions == 0, config.first_k, number)
 
 
 class MoetrainHyperNetwork(nn.Module):
@@ -334,10 +351,12 @@ class MoetrainMoE(nn.Module):
         if config.hyper is not None:
             self.hyper = MoetrainHyper(config, layer)
 
-    def forward(self, x: Tensor, importance: Tensor | None, shared: Shared) -> Tensor:
-        """x [b, s, d], importance [b, s] or None -> [b, s, d]."""
+    def forward(self, x: Tensor, importance: Tensor | None, positions: Tensor, shared: Shared) -> Tensor:
+        """x [b, s, d], importance [b, s] or None, positions [b, s] -> [b, s, d]."""
         tokens = x.flatten(0, 1)
-        gates, selected, probabilities = self.gate(tokens, None if importance is None else importance.flatten())
+        gates, selected, probabilities = self.gate(
+            tokens, None if importance is None else importance.flatten(), positions.flatten()
+        )
         output = torch.zeros_like(tokens, dtype=torch.float32)
         for number, expert in enumerate(self.experts):
             rows = selected[:, number].nonzero().squeeze(-1)
@@ -377,7 +396,11 @@ class MoetrainDecoderLayer(GradientCheckpointingLayer):
         attended, importance = self.self_attn(self.input_layernorm(x), rotary, visible, past, past_key_values)
         x = x + attended
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, importance, shared) if self.sparse else self.mlp(normed))
+        if not self.sparse:
+            return x + self.mlp(normed)
+        # A token sees itself and what came before it, padding left out.
+        positions = (visible.sum(-1)[:, 0] - 1).expand(x.shape[:2])
+        return x + self.mlp(normed, importance, positions, shared)
 
 
 class MoetrainPreTrainedModel(PreTrainedModel):
@@ -393,8 +416,10 @@ class MoetrainPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, MoetrainRouter):
             nn.init.normal_(module.weight, std=std)
-            if hasattr(module, "log_alpha"):
-                nn.init.zeros_(module.log_alpha)
+            if hasattr(module, "predictor"):
+                nn.init.normal_(module.predictor, std=std)
+            if hasattr(module, "thresholds"):
+                nn.init.zeros_(module.thresholds)
         elif isinstance(module, MoetrainSelection):
             nn.init.normal_(module.constant if hasattr(module, "constant") else module.expert_embedding)
         elif isinstance(module, MoetrainHyperNetwork) and module.layer_embedding is not None:

@@ -39,6 +39,12 @@ KINDS: dict[str, dict] = {
         for importance in ("self_weight", "row_max", "row_entropy")
         for budget in ("mean_k", "paper")
     },
+    "da_moe-low": {"moe": {"router": DA | {"importance": "row_max", "direction": "low"}}},
+    "da_moe-debiased": {"moe": {"router": DA | {"importance": "row_max", "debias": "position", "mean_k": 2.5}}},
+    "da_moe-predicted": {"moe": {"router": DA | {"importance": "predicted"}}},
+    "da_moe-predicted-debiased-low": {
+        "moe": {"router": DA | {"importance": "predicted", "debias": "position", "direction": "low"}}
+    },
     "da_moe-all-experts": {"moe": {"router": {"type": "da_moe", "budget": "paper"}, "hyper": HYPER}},
     **{f"hyper-{name}": {"moe": {"router": DA, "hyper": HYPER | choices}} for name, choices in HYPER_VARIANTS.items()},
     "da_moe-hyper": {"moe": {"router": DA | {"gates": "renormalized"}, "hyper": HYPER, "layer_freq": 2}},
@@ -81,8 +87,13 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
         noise = torch.randn(shape, generator=generator)
         if "layernorm" in name:
             weights[name] = 1 + 0.2 * noise
-        elif name.endswith("log_alpha"):
-            weights[name] = 1.3 + 0.3 * noise
+        elif name.endswith("thresholds"):
+            # Log-odds in the middle of what attention over a few keys gives, negated where low importance counts.
+            router = model.moe.router
+            middle = {"row_max": 1.0, "row_entropy": 1.0, "predicted": 0.0}.get(router.importance, -0.7)
+            weights[name] = ((-middle if router.direction == "low" else middle) + 0.7 * noise).sort(-1).values
+        elif name.endswith("router.predictor"):
+            weights[name] = noise / shape[0] ** 0.5
         elif len(shape) < 2:
             weights[name] = 0.3 * noise
         elif name.endswith(("expert_embedding", "layer_embedding")):

@@ -86,7 +86,13 @@ def _pieces(weights: dict[str, torch.Tensor]) -> list[Piece]:
     """Weights, controllers, and the optimizer and random states that an export must pass by."""
     pieces = [Piece.whole("rng.0", torch.zeros(16, dtype=torch.uint8))]
     for name, tensor in weights.items():
-        pieces.append(Piece.whole(f"{'controller' if name.endswith('log_alpha') else 'weight'}.{name}", tensor))
+        if name.endswith("thresholds"):
+            prefix, buckets = f"controller.{name.removesuffix('thresholds')}", tensor.shape[0]
+            of_training = {"quartiles": torch.zeros(buckets, 2), "offsets": torch.zeros_like(tensor)}
+            of_training |= {"visits": torch.zeros(buckets), "threshold": torch.tensor(0.5)}
+            pieces += [Piece.whole(prefix + n, t) for n, t in ({"thresholds": tensor} | of_training).items()]
+            continue
+        pieces.append(Piece.whole(f"weight.{name}", tensor))
         pieces.append(Piece.whole(f"optimizer.exp_avg.{name}", torch.zeros_like(tensor)))
     return pieces
 
@@ -142,18 +148,18 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(run, tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
 
 
-def test_bfloat16_rounds_weights_and_leaves_log_alpha_alone(reader, tmp_path):
+def test_bfloat16_rounds_weights_and_leaves_thresholds_alone(reader, tmp_path):
     report = export_hf(reader, tmp_path / "out", dtype="bfloat16")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     exact = dict(ParamMap(hf.run_config(reader.config).model).export(hf.ModelWeights(reader)))
     assert report.dtype == json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     for name, tensor in exact.items():
-        wanted = tensor if name.endswith("log_alpha") else tensor.bfloat16()
+        wanted = tensor if name.endswith("thresholds") else tensor.bfloat16()
         assert stored[name].dtype == wanted.dtype and torch.equal(stored[name], wanted), name
     network = load(tmp_path / "out")
     assert network.dtype == torch.bfloat16
-    alphas = [buffer for name, buffer in network.named_buffers() if name.endswith("log_alpha")]
-    assert alphas and all(alpha.dtype == torch.float32 for alpha in alphas)
+    kept = [buffer for name, buffer in network.named_buffers() if name.endswith("thresholds")]
+    assert kept and all(thresholds.dtype == torch.float32 for thresholds in kept)
     assert network.generate(torch.arange(5)[None], max_new_tokens=3, min_new_tokens=3).shape == (1, 8)
 
 

@@ -79,7 +79,7 @@ def test_missing_left_over_and_misshaped_tensors_are_errors_with_their_names(of_
 
 def test_a_controller_without_a_config_for_it_is_left_over(of_kind, weights, source):
     tensors = weights(of_kind("da_moe-self_weight-mean_k"))
-    with pytest.raises(ConversionError, match="log_alpha"):
+    with pytest.raises(ConversionError, match="thresholds"):
         next(ParamMap(of_kind("da_moe-self_weight-paper")).export(source(tensors)))
 
 

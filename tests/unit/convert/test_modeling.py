@@ -12,6 +12,7 @@ from moetrain.config.routers import DAMoERouterConfig
 from moetrain.config.schema import ModelConfig, MoEConfig
 
 Weights = dict[str, Tensor]
+BUDGETS = ("mean_k", "paper")
 
 
 # --- the equations, one token and one head at a time -----------------------------------------------------------------
@@ -71,12 +72,24 @@ def attention(w: Weights, prefix: str, x: Tensor, model: ModelConfig, kind: str)
     return context @ w[prefix + "linear_proj.weight"].T, importance
 
 
-def budget(w: Weights, prefix: str, importance: float, moe: MoEConfig) -> int:
+def budget(w: Weights, prefix: str, x: Tensor, importance: float, position: int, moe: MoEConfig) -> int:
     router = moe.router
     if not isinstance(router, DAMoERouterConfig):
         return router.top_k
-    scale = moe.num_experts if router.budget == "paper" else math.exp(w[prefix + "router.log_alpha"])
-    return min(max(math.ceil(scale * importance), router.min_k), router.max_k or moe.num_experts)
+    if router.importance == "predicted":
+        importance = 1 / (1 + math.exp(-float(w[prefix + "router.predictor"] @ x)))
+    if router.budget == "paper":
+        return min(max(math.ceil(moe.num_experts * importance), router.min_k), router.max_k or moe.num_experts)
+    debiased = router.debias == "position"
+    if debiased and position == 0:
+        return math.floor(router.mean_k + 0.5)
+    rows = w[prefix + "router.thresholds"]
+    row = rows[min((position + 1).bit_length() - 1, len(rows) - 1) if debiased else 0]
+    if importance in (0.0, 1.0):
+        odds = math.inf if importance else -math.inf
+    else:
+        odds = math.log(importance / (1 - importance))
+    return router.min_k + sum((-odds if router.direction == "low" else odds) >= float(t) for t in row)
 
 
 def generated_expert(
@@ -113,10 +126,12 @@ def generated_expert(
     return up @ (down @ x + linear(network + "down_bias", code)).relu() + linear(network + "up_bias", code)
 
 
-def moe_token(w: Weights, prefix: str, x: Tensor, importance: float, layer: int, model: ModelConfig) -> Tensor:
+def moe_token(
+    w: Weights, prefix: str, x: Tensor, importance: float, position: int, layer: int, model: ModelConfig
+) -> Tensor:
     moe = model.moe
     p = (w[prefix + "router.weight"] @ x).softmax(0)
-    chosen = sorted(range(moe.num_experts), key=lambda e: -p[e])[: budget(w, prefix, importance, moe)]
+    chosen = sorted(range(moe.num_experts), key=lambda e: -p[e])[: budget(w, prefix, x, importance, position, moe)]
     total = sum(p[e] for e in chosen) if moe.router.gates == "renormalized" else 1.0
     y = torch.zeros_like(x)
     for e in chosen:
@@ -140,7 +155,10 @@ def reference_forward(weights: Weights, model: ModelConfig, tokens: list[int]) -
         normed = rms_norm(x, w[prefix + "pre_mlp_layernorm.weight"], eps)
         prefix += "mlp."
         if model.is_moe_layer(layer):
-            rows = [moe_token(w, prefix, t, i, layer, model) for t, i in zip(normed, importance, strict=True)]
+            rows = [
+                moe_token(w, prefix, t, i, position, layer, model)
+                for position, (t, i) in enumerate(zip(normed, importance, strict=True))
+            ]
         else:
             rows = [swiglu(t, w[prefix + "linear_fc1.weight"], w[prefix + "linear_fc2.weight"]) for t in normed]
         x = x + torch.stack(rows)
@@ -164,11 +182,16 @@ def test_logits_are_those_of_the_equations(model, weights, build):
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("importance", ["self_weight", "row_max", "row_entropy"])
-@pytest.mark.parametrize("budget_kind", ["mean_k", "paper"])
-def test_da_moe_cases_cover_several_numbers_of_experts(of_kind, weights, build, importance, budget_kind):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(f"{importance}-{budget}" for importance in ("self_weight", "row_max", "row_entropy") for budget in BUDGETS),
+        *("low", "debiased", "predicted", "predicted-debiased-low"),
+    ],
+)
+def test_da_moe_cases_cover_several_numbers_of_experts(of_kind, weights, build, kind):
     """Otherwise the comparison with the equations would say nothing about budgets."""
-    model = of_kind(f"da_moe-{importance}-{budget_kind}")
+    model = of_kind(f"da_moe-{kind}")
     network, counts = build(model, weights(model)), set()
     for layer in network.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _m, _i, out: counts.update(out[1].sum(-1).tolist()))
@@ -281,12 +304,12 @@ def test_half_precision_runs_and_stays_near_fp32(of_kind, weights, build, kind, 
     assert (logits.float() - exact).abs().median() < 0.1 * exact.std()
 
 
-def test_a_change_of_dtype_leaves_log_alpha_exact(of_kind, weights, build):
+def test_a_change_of_dtype_leaves_thresholds_exact(of_kind, weights, build):
     model = of_kind("da_moe-self_weight-mean_k")
     tensors = weights(model)
     router = build(model, tensors).half().bfloat16().to("cpu").model.layers[1].mlp.gate
     assert router.weight.dtype == torch.bfloat16
-    assert torch.equal(router.log_alpha, tensors["decoder.layers.1.mlp.router.log_alpha"])
+    assert torch.equal(router.thresholds, tensors["decoder.layers.1.mlp.router.thresholds"])
 
 
 def test_logits_to_keep_hidden_states_and_embeddings_as_input(of_kind, weights, build):
