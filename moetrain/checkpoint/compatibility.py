@@ -21,6 +21,9 @@ _MODEL_MAY_CHANGE = frozenset(
         "model.moe.dispatch.max_rows",
         "model.moe.dispatch.overlap",
         "model.moe.router.controller_rate",
+        "model.moe.router.bias_rate",
+        "model.moe.router.entropy_loss_coeff",
+        "model.moe.router.l1_coeff_step",
     }
 )
 # Where and on what a run runs; how often it speaks. Layout independence is the point of the format.

@@ -59,7 +59,10 @@ class Checkpoint(Protocol):
 
 
 class ModelWeights:
-    """A checkpoint's parameters and controllers under their own names; optimizer and random states are left out."""
+    """A checkpoint's parameters and routers' controllers under their own names.
+
+    Left out is what only training needs: optimizer and random states, and the loads that a balance loss remembers.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -67,7 +70,7 @@ class ModelWeights:
             name.removeprefix(prefix): name
             for name in checkpoint.names()
             for prefix in ("weight.", "controller.")
-            if name.startswith(prefix)
+            if name.startswith(prefix) and ".mlp.losses." not in name
         }
 
     def names(self) -> Iterable[str]:

@@ -51,6 +51,7 @@ def _moe_settings(moe: MoEConfig) -> dict:
     }
     match moe.router:
         case TopKRouterConfig() as router:
+            _check_top_k(router)
             return settings | {"router_gates": router.gates, "num_experts_per_tok": router.top_k}
         case DAMoERouterConfig() as router:
             names = ("importance", "budget", "min_k")
@@ -60,6 +61,16 @@ def _moe_settings(moe: MoEConfig) -> dict:
             raise ConversionError(
                 f"model.moe.router.type ({router.type}): the exported modelling code has no such router; "
                 "it has: top_k, da_moe"
+            )
+
+
+def _check_top_k(router: TopKRouterConfig) -> None:
+    """ConversionError for what the exported modelling code does not compute."""
+    for name in ("scores", "scaling_factor", "groups"):
+        value, plain = getattr(router, name), TopKRouterConfig.model_fields[name].default
+        if value != plain:
+            raise ConversionError(
+                f"model.moe.router.{name} ({value}): the exported modelling code has top_k with {name} {plain} only"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
-from moetrain.moe.routing import Router
+from moetrain.moe.controllers import Controlled
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo
 
@@ -28,10 +28,10 @@ def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parame
 
 
 def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, Tensor]]:
-    """Live tensors of this rank's router controllers, by global name: `decoder.layers.<i>.mlp.router.log_alpha`."""
+    """Live tensors of this rank's controllers, by global name: `decoder.layers.<i>.mlp.router.log_alpha`."""
     for chunk in chunks:
         for name, module in chunk.named_modules():
-            if isinstance(module, Router):
+            if isinstance(module, Controlled):
                 for controller, value in module.controllers():
                     yield _global_name(chunk, f"{name}.{controller}"), value
 

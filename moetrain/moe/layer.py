@@ -18,9 +18,9 @@ from moetrain.config.schema import MoEConfig
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.hyper import HyperExperts, HyperNetwork
-from moetrain.moe.losses import load_balance_loss, router_z_loss
+from moetrain.moe.losses import RouterLosses
 from moetrain.moe.routing import RoutingContext, RoutingDecision, build_router
-from moetrain.moe.telemetry import RouterTelemetry
+from moetrain.moe.telemetry import RouterCounts, RouterTelemetry
 from moetrain.runtime.groups import ParallelGroups
 
 
@@ -49,6 +49,7 @@ class MoELayer(nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self.recompute = config.recompute_granularity == "full"
         self.router = build_router(moe, config.hidden_size, dtype, layer)
+        self.losses = RouterLosses(moe, groups.tensor)
         self.experts = GroupedExperts(
             moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
         )
@@ -71,30 +72,27 @@ class MoELayer(nn.Module):
         if scatter:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
-        decision = self.router(x_TD, self._context(x_SBD.shape, importance_SB))
+        context = self._context(x_SBD.shape, importance_SB)
+        decision = self.router(x_TD, context)
         dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
         # Work of the tokens' home rank, while their rows travel.
         hyper_TD = self._hyper_expert(x_TD, decision)
-        losses = self._losses(decision, x_SBD.shape[:2]) if self.training else None
+        losses = self.losses(decision, context) if self.training else None
         experts_TD = self.dispatcher.finish(dispatch, decision.weights_TK, self.experts)
         output_TD = experts_TD if hyper_TD is None else experts_TD + hyper_TD
         if losses is not None:
-            balance, z_loss = losses
             if self._is_first_pass():
                 self.telemetry.add(
                     dispatch.plan.tokens_per_expert_E,
                     decision.num_selected_T,
                     decision.statistics,
-                    balance,
-                    z_loss,
+                    losses.load_balance,
+                    losses.z_loss,
                     experts_TD,
                     hyper_TD,
                     sequences=x_SBD.shape[1],
                 )
-            auxiliary = self.moe.aux_loss_coeff * balance + self.moe.z_loss_coeff * z_loss
-            if decision.loss is not None:
-                auxiliary = auxiliary + decision.loss
-            output_TD = MoEAuxLossAutoScaler.apply(output_TD, auxiliary)
+            output_TD = MoEAuxLossAutoScaler.apply(output_TD, losses.total)
         output_SBD = output_TD.view(x_SBD.shape)
         if scatter:
             output_SBD = gather_from_sequence_parallel_region(output_SBD, tensor_parallel_output_grad=False)
@@ -121,17 +119,10 @@ class MoELayer(nn.Module):
             importance_T=importance_SB,
         )
 
-    def _losses(self, decision: RoutingDecision, shape_SB: torch.Size) -> tuple[Tensor, Tensor]:
-        length = shape_SB[0] * self.groups.tensor.size()
-        probs_SBE = decision.probs_TE.view(*shape_SB, -1)
-        # Unused slots (-1) count into an extra column that is cut off.
-        ids_TK = decision.expert_ids_TK
-        num_experts = self.moe.num_experts
-        selected_TE = torch.zeros(ids_TK.shape[0], num_experts + 1, device=ids_TK.device)
-        selected_TE.scatter_(1, torch.where(ids_TK < 0, num_experts, ids_TK), 1.0)
-        selected_SBE = selected_TE[:, :num_experts].view(*shape_SB, -1)
-        balance = load_balance_loss(probs_SBE, selected_SBE, length, self.groups.tensor)
-        return balance, router_z_loss(decision.logits_TE.view(*shape_SB, -1), length)
+    def update(self, counts: RouterCounts) -> None:
+        """Move all controllers of the layer, once per optimizer step, by the counts of the whole global batch."""
+        self.router.update(counts)
+        self.losses.update(counts)
 
     def _is_first_pass(self) -> bool:
         """Whether this is the forward pass and not its recomputation, which must not be counted again.

@@ -7,7 +7,6 @@ of [S, B], D hidden size, E experts (global), K the most experts that a token ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config.schema import MoEConfig
+from moetrain.moe.controllers import Controlled
 from moetrain.moe.telemetry import RouterCounts
+from moetrain.ops import row_invariant_linear
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class RoutingContext:
     start: int
     importance_T: Tensor | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """S and B, as which T unfolds."""
+        return self.local_length, self.sequences
+
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token in its sequence, int64 [T]."""
         here_S = torch.arange(self.start, self.start + self.local_length, device=device)
@@ -43,6 +49,20 @@ class RoutingContext:
     def mean_part(self, values_T: Tensor) -> Tensor:
         """This rank's part of the mean over the micro-batch's tokens: the parts sum to it over the tensor ranks."""
         return values_T.sum() / (self.sequences * self.length)
+
+
+@dataclass(frozen=True)
+class LoadPenalty:
+    """The loss `coefficient` * E * sum_e load_e * mean value_e, where load_e is the part of the tokens that went to
+    expert e. The layer evaluates it, because whose tokens count is its business (`moe.aux_loss`).
+
+    Attributes:
+        coefficient: scalar, without gradient.
+        values_TE: fp32, differentiable.
+    """
+
+    coefficient: Tensor
+    values_TE: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,7 @@ class RoutingDecision:
             integers, so that the sum does not depend on the layout.
         loss: scalar, differentiable, with its coefficient: a loss of the router's own, or None. It is this rank's
             part, as `RoutingContext.mean_part` gives it.
+        load_penalty: a loss of the router's own that weighs experts by their load, or None.
     """
 
     expert_ids_TK: Tensor
@@ -69,9 +90,10 @@ class RoutingDecision:
     num_selected_T: Tensor
     statistics: Tensor | None = None
     loss: Tensor | None = None
+    load_penalty: LoadPenalty | None = None
 
 
-class Router(nn.Module, ABC):
+class Router(Controlled, ABC):
     """A linear gate, and the choice of experts that a subclass makes of its scores.
 
     What every router promises (`moetrain.testing.check_router` holds it to that): 1 to K experts for every token, none
@@ -85,7 +107,6 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.max_k, self.layer = moe.num_experts, moe.max_top_k, layer
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=dtype))
-        self._controllers: list[str] = []
 
     @abstractmethod
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
@@ -94,20 +115,13 @@ class Router(nn.Module, ABC):
     def update(self, counts: RouterCounts) -> None:
         """Move the controllers, once per optimizer step, by the counts of the whole global batch."""
 
-    def add_controller(self, name: str, value: Tensor) -> None:
-        """State that belongs to the training but not to the optimizer: fp32, the same on all ranks, checkpointed."""
-        assert value.dtype == torch.float32
-        self.register_buffer(name, value, persistent=False)
-        self._controllers.append(name)
-
-    def controllers(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and live tensor of every controller."""
-        for name in self._controllers:
-            yield name, self.get_buffer(name)
-
     def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs."""
-        return x_TD.float() @ self.weight.float().t()
+        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs.
+
+        Not by `@`: a BLAS picks its blocking by the number of rows, and then a token's last bits depend on how many
+        others stand in the batch (with OpenBLAS or MKL at D = 512, up to some 15 rows: just where decoding is).
+        """
+        return row_invariant_linear(x_TD.float(), self.weight.float())
 
 
 def take_best(order_TE: Tensor, values_TE: Tensor, num_selected_T: Tensor, max_k: int) -> tuple[Tensor, Tensor]:
