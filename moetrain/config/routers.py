@@ -195,7 +195,12 @@ class ReLURouterConfig(_MeanKConfig):
         default=1e-8, lt=1.0, description="smallest and first coefficient of the penalty"
     )
     l1_coeff_step: float = Field(
-        default=1.2, gt=1.0, description="by which the coefficient is multiplied, or divided, in each step"
+        default=1.2, gt=1.0, description="by which the coefficient is at most multiplied, or divided, in a step"
+    )
+    controller: Literal["proportional", "sign"] = Field(
+        default="proportional",
+        description="whole steps, up or down (sign, as published), which swing around the target, or steps in "
+        "proportion to the error",
     )
 
     def describe(self, num_experts: int) -> str:
