@@ -9,14 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.telemetry import RouterCounts
 from moetrain.ops import row_invariant_linear
+
+if TYPE_CHECKING:  # a plug-in's settings may stand beside its module, and the schema loads them while it is made
+    from moetrain.config.schema import MoEConfig
 
 
 @dataclass(frozen=True)

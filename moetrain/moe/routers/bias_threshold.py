@@ -6,15 +6,18 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moetrain.config.routers import BiasThresholdRouterConfig
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, take_best
 from moetrain.moe.scores import shares, sigmoid
 from moetrain.moe.telemetry import RouterCounts
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import MoEConfig
 
 _TYPICAL_STD = 0.02  # of a gate's initial weights
 

@@ -5,13 +5,17 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from moetrain.config.routers import ExpertBiasRouterConfig
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.routers.top_k import TopKRouter
 from moetrain.moe.telemetry import RouterCounts
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import MoEConfig
 
 
 class ExpertBiasRouter(TopKRouter):

@@ -6,14 +6,17 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moetrain.config.routers import ReLURouterConfig
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.routing import LoadPenalty, Router, RoutingContext, RoutingDecision, take_best
 from moetrain.moe.telemetry import RouterCounts
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import MoEConfig
 
 _LARGEST_COEFF = 1e3  # so that a target out of reach cannot wind the coefficient up to infinity
 

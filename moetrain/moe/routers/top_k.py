@@ -5,13 +5,17 @@ With `scores: sigmoid` and groups, the choice of DeepSeek-V3 (arXiv 2412.19437 e
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from moetrain.config.routers import ExpertBiasRouterConfig, TopKRouterConfig
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, take_best
 from moetrain.moe.scores import only_best_groups, scores_of, shares
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import MoEConfig
 
 
 class TopKRouter(Router):

@@ -6,12 +6,16 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from moetrain.config.routers import TopPRouterConfig
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, take_best
+
+if TYPE_CHECKING:
+    from moetrain.config.schema import MoEConfig
 
 
 class TopPRouter(Router):
