@@ -166,6 +166,7 @@ def _plan(checkpoint: Checkpoint, dtype: str, max_shard_size: str) -> _Plan:
     if dtype not in DTYPES:
         raise ConversionError(f"dtype is {dtype!r}; legal: {', '.join(DTYPES)}")
     run = run_config(checkpoint.config)
+    hf_config(run.model)  # refuses what the modelling code does not compute
     param_map = ParamMap(run.model)
     targets = param_map.theirs()
     dtypes = {name: torch.float32 if target.keep_fp32 else DTYPES[dtype] for name, target in targets.items()}

@@ -35,7 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "top_k": {},
     "expert_bias": MICRO_BATCH,
     "top_p": GLOBAL_BATCH,
-    "relu": {**MICRO_BATCH, "model__recompute": "full"},
+    # At the default eps of 1e-8 Adam makes a whole step of a gradient that is nothing but rounding, and some biases of
+    # the hypernetwork, which start at 0, then differ by 1.3e-5 of their size.
+    "relu": {**MICRO_BATCH, "model__recompute": "full", "optimizer__eps": 1e-6},
     "bias_threshold": GLOBAL_BATCH,
 }
 NAMES = ("dp2", "tp2+sp x pp2 x ep2")
