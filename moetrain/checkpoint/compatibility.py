@@ -23,6 +23,10 @@ _MODEL_MAY_CHANGE = frozenset(
         "model.moe.dispatch.overlap",
         "model.moe.router.controller_rate",
         "model.moe.router.predictor_loss_coeff",
+        "model.moe.router.bias_rate",
+        "model.moe.router.entropy_loss_coeff",
+        "model.moe.router.l1_coeff_step",
+        "model.moe.router.controller",
     }
 )
 # Where and on what a run runs; how often it speaks. Layout independence is the point of the format.

@@ -120,7 +120,12 @@ class MoEConfig(Section):
     router: AnyRouter = Field(default_factory=TopKRouterConfig, description="who goes where; by `type`")
     hyper: HyperConfig | None = Field(default=None, description="the generated expert; absent: none")
     dispatch: DispatchConfig = Field(default_factory=DispatchConfig)
-    aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss, per sequence")
+    aux_loss: Literal["per_sequence", "per_micro_batch", "global_batch"] = Field(
+        default="per_sequence",
+        description="whose loads the load-balancing loss evens out: those of each sequence, of a micro-batch, or of "
+        "the whole global batch, by the counts of the step before",
+    )
+    aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss")
     z_loss_coeff: NonNegativeFloat = Field(default=0.0, description="router z-loss")
 
     @model_validator(mode="after")

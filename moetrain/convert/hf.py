@@ -59,8 +59,11 @@ class Checkpoint(Protocol):
 
 
 class ModelWeights:
-    """A checkpoint's parameters and controllers under their own names; optimizer and random states are left out, and
-    so is what only moves a controller."""
+    """A checkpoint's parameters and routers' controllers under their own names.
+
+    Left out is what only training needs: optimizer and random states, what only moves a controller, and the loads that
+    a balance loss remembers.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -166,6 +169,7 @@ def _plan(checkpoint: Checkpoint, dtype: str, max_shard_size: str) -> _Plan:
     run = run_config(checkpoint.config)
     _refuse_all_but_causal_models(run)
     refuse_inexpressible(run.model)
+    hf_config(run.model)  # refuses what the modelling code does not compute
     param_map = ParamMap(run.model)
     targets = param_map.theirs()
     dtypes = {name: torch.float32 if target.keep_fp32 else DTYPES[dtype] for name, target in targets.items()}

@@ -74,6 +74,7 @@ def _moe_settings(moe: MoEConfig) -> dict:
     }
     match moe.router:
         case TopKRouterConfig() as router:
+            _check_top_k(router)
             return settings | {"router_gates": router.gates, "num_experts_per_tok": router.top_k}
         case DAMoERouterConfig() as router:
             return settings | _importance_settings(router, moe)
@@ -101,6 +102,16 @@ def _importance_settings(router: DAMoERouterConfig, moe: MoEConfig) -> dict:
         "min_k": router.min_k,
         "max_k": moe.max_top_k,
     }
+
+
+def _check_top_k(router: TopKRouterConfig) -> None:
+    """ConversionError for what the exported modelling code does not compute."""
+    for name in ("scores", "scaling_factor", "groups"):
+        value, plain = getattr(router, name), TopKRouterConfig.model_fields[name].default
+        if value != plain:
+            raise ConversionError(
+                f"model.moe.router.{name} ({value}): the exported modelling code has top_k with {name} {plain} only"
+            )
 
 
 def run_config(config: dict) -> RunConfig:

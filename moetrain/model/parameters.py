@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moetrain.config.layout import ParallelLayout
 from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
+from moetrain.moe.controllers import Controlled
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
-from moetrain.moe.routing import Router
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo, Tie
 
@@ -32,10 +32,10 @@ def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parame
 
 
 def named_controllers(chunks: Sequence[Decoder]) -> Iterator[tuple[str, Tensor]]:
-    """Live tensors of this rank's router controllers, by global name: `decoder.layers.<i>.mlp.router.thresholds`."""
+    """Live tensors of this rank's controllers, by global name: `decoder.layers.<i>.mlp.router.thresholds`."""
     for chunk in chunks:
         for name, module in chunk.named_modules():
-            if isinstance(module, Router):
+            if isinstance(module, Controlled):
                 for controller, value in module.controllers():
                     yield _global_name(chunk, f"{name}.{controller}"), value
 

@@ -18,9 +18,9 @@ from moetrain.config.schema import MoEConfig
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.hyper import HyperExperts, StaticExpert
-from moetrain.moe.losses import load_balance_loss, router_z_loss
+from moetrain.moe.losses import RouterLosses
 from moetrain.moe.routing import RoutingContext, RoutingDecision, build_router
-from moetrain.moe.telemetry import RouterTelemetry
+from moetrain.moe.telemetry import RouterCounts, RouterTelemetry
 from moetrain.runtime.groups import ParallelGroups
 
 
@@ -49,6 +49,7 @@ class MoELayer(nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self.recompute = config.recompute_granularity == "full"
         self.router = build_router(moe, config.hidden_size, dtype, layer)
+        self.losses = RouterLosses(moe, groups.tensor)
         self.experts = GroupedExperts(
             moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
         )
@@ -71,34 +72,30 @@ class MoELayer(nn.Module):
         if scatter:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
-        valid_T = self._local(valid_SB, x_SBD.shape[0])
-        chosen = self.router(x_TD, self._context(x_SBD.shape, importance_SB, valid_T))
+        context = self._context(x_SBD.shape, importance_SB, valid_SB)
+        chosen, valid_T = self.router(x_TD, context), context.valid_T
         decision = chosen if valid_T is None else chosen.without_padding(valid_T)
         dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
         # Work of the tokens' home rank, while their rows travel.
         hyper_TD = self._hyper_expert(x_TD, chosen)
         if hyper_TD is not None and valid_T is not None:
             hyper_TD = hyper_TD.masked_fill(~valid_T[:, None], 0.0)
-        losses = self._losses(decision, x_SBD.shape[:2], valid_SB) if self.training else None
+        losses = self.losses(decision, context) if self.training else None
         experts_TD = self.dispatcher.finish(dispatch, decision.weights_TK, self.experts)
         output_TD = experts_TD if hyper_TD is None else experts_TD + hyper_TD
         if losses is not None:
-            balance, z_loss = losses
             if self._is_first_pass():
                 self.telemetry.add(
                     dispatch.plan.tokens_per_expert_E,
                     decision.num_selected_T if valid_T is None else decision.num_selected_T[valid_T],
                     decision.statistics,
-                    balance,
-                    z_loss,
+                    losses.load_balance,
+                    losses.z_loss,
                     experts_TD,
                     hyper_TD,
                     sequences=x_SBD.shape[1],
                 )
-            auxiliary = self.moe.aux_loss_coeff * balance + self.moe.z_loss_coeff * z_loss
-            if decision.loss is not None:
-                auxiliary = auxiliary + decision.loss
-            output_TD = MoEAuxLossAutoScaler.apply(output_TD, auxiliary)
+            output_TD = MoEAuxLossAutoScaler.apply(output_TD, losses.total)
         output_SBD = output_TD.view(x_SBD.shape)
         if scatter:
             output_SBD = gather_from_sequence_parallel_region(output_SBD, tensor_parallel_output_grad=False)
@@ -109,7 +106,7 @@ class MoELayer(nn.Module):
             return None
         return self.hyper(x_TD, decision.expert_ids_TK, decision.probs_TE)
 
-    def _context(self, shape_SBD: torch.Size, importance_SB: Tensor | None, valid_T: Tensor | None) -> RoutingContext:
+    def _context(self, shape_SBD: torch.Size, importance_SB: Tensor | None, valid_SB: Tensor | None) -> RoutingContext:
         """Of this rank's part of the sequences."""
         local_length, sequences, _ = shape_SBD
         return RoutingContext(
@@ -118,7 +115,8 @@ class MoELayer(nn.Module):
             length=local_length * self.groups.tensor.size(),
             start=self.groups.coordinates.tensor * local_length,
             importance_T=self._local(importance_SB, local_length),
-            valid_T=valid_T,
+            valid_T=self._local(valid_SB, local_length),
+            real_lengths_B=None if valid_SB is None else valid_SB.sum(dim=0),
         )
 
     def _local(self, whole_SB: Tensor | None, local_length: int) -> Tensor | None:
@@ -128,21 +126,10 @@ class MoELayer(nn.Module):
         start = self.groups.coordinates.tensor * local_length
         return whole_SB[start : start + local_length].reshape(-1)
 
-    def _losses(
-        self, decision: RoutingDecision, shape_SB: torch.Size, valid_SB: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        length = shape_SB[0] * self.groups.tensor.size() if valid_SB is None else valid_SB.sum(dim=0).clamp(min=1)
-        probs_SBE = decision.probs_TE.view(*shape_SB, -1)
-        # Unused slots (-1) count into an extra column that is cut off.
-        ids_TK = decision.expert_ids_TK
-        num_experts = self.moe.num_experts
-        selected_TE = torch.zeros(ids_TK.shape[0], num_experts + 1, device=ids_TK.device)
-        selected_TE.scatter_(1, torch.where(ids_TK < 0, num_experts, ids_TK), 1.0)
-        selected_SBE = selected_TE[:, :num_experts].view(*shape_SB, -1)
-        balance = load_balance_loss(probs_SBE, selected_SBE, length, self.groups.tensor)
-        local_SB = self._local(valid_SB, shape_SB[0])
-        real_SB = None if local_SB is None else local_SB.view(shape_SB)
-        return balance, router_z_loss(decision.logits_TE.view(*shape_SB, -1), length, real_SB)
+    def update(self, counts: RouterCounts) -> None:
+        """Move all controllers of the layer, once per optimizer step, by the counts of the whole global batch."""
+        self.router.update(counts)
+        self.losses.update(counts)
 
     def _is_first_pass(self) -> bool:
         """Whether this is the forward pass and not its recomputation, which must not be counted again.

@@ -7,15 +7,19 @@ of [S, B], D hidden size, E experts (global), K the most experts that a token ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import MoEConfig
+from moetrain.moe.controllers import Controlled
 from moetrain.moe.telemetry import RouterCounts
+from moetrain.ops import row_invariant_linear
+
+if TYPE_CHECKING:  # a plug-in's settings may stand beside its module, and the schema loads them while it is made
+    from moetrain.config.schema import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class RoutingContext:
             the rank that they asked for as `attention_teacher`; else None.
         valid_T: bool, True = a real token; None: all are. What a router decides for padding is taken back (see
             `RoutingDecision.without_padding`), but its statistics and its loss must leave padding out.
+        real_lengths_B: real tokens of each whole sequence, int64; None: all of `length`.
     """
 
     local_length: int
@@ -38,18 +43,48 @@ class RoutingContext:
     start: int
     importance_T: Tensor | None
     valid_T: Tensor | None = None
+    real_lengths_B: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """S and B, as which T unfolds."""
+        return self.local_length, self.sequences
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token in its sequence, int64 [T]."""
         here_S = torch.arange(self.start, self.start + self.local_length, device=device)
         return here_S.repeat_interleave(self.sequences)
 
-    def mean_part(self, values_T: Tensor) -> Tensor:
-        """This rank's part of the mean over the micro-batch's tokens: the parts sum to it over the tensor ranks.
-        Padding adds nothing."""
+    def lengths(self, device: torch.device) -> Tensor:
+        """Real tokens of each whole sequence, at least 1, fp32 [B]."""
+        if self.real_lengths_B is None:
+            return torch.full((self.sequences,), float(self.length), device=device)
+        return self.real_lengths_B.to(torch.float32).clamp(min=1.0)
+
+    def mean_parts(self, values_TX: Tensor) -> Tensor:
+        """This rank's part of the mean over each sequence's real tokens, [B, X]: over the tensor ranks that share the
+        sequences the parts sum to it."""
         if self.valid_T is not None:
-            values_T = values_T.masked_fill(~self.valid_T, 0.0)
-        return values_T.sum() / (self.sequences * self.length)
+            values_TX = values_TX.masked_fill(~self.valid_T[:, None], 0.0)
+        return values_TX.unflatten(0, self.shape).sum(dim=0) / self.lengths(values_TX.device)[:, None]
+
+    def mean_part(self, values_T: Tensor) -> Tensor:
+        """This rank's part of the mean over the micro-batch: of a value's means over its sequences' real tokens."""
+        return self.mean_parts(values_T[:, None]).mean()
+
+
+@dataclass(frozen=True)
+class LoadPenalty:
+    """The loss `coefficient` * E * sum_e load_e * mean value_e, where load_e is the part of the tokens that went to
+    expert e. The layer evaluates it, because whose tokens count is its business (`moe.aux_loss`).
+
+    Attributes:
+        coefficient: scalar, without gradient.
+        values_TE: fp32, differentiable.
+    """
+
+    coefficient: Tensor
+    values_TE: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +102,7 @@ class RoutingDecision:
             integers, so that the sum does not depend on the layout.
         loss: scalar, differentiable, with its coefficient: a loss of the router's own, or None. It is this rank's
             part, as `RoutingContext.mean_part` gives it.
+        load_penalty: a loss of the router's own that weighs experts by their load, or None.
     """
 
     expert_ids_TK: Tensor
@@ -76,6 +112,7 @@ class RoutingDecision:
     num_selected_T: Tensor
     statistics: Tensor | None = None
     loss: Tensor | None = None
+    load_penalty: LoadPenalty | None = None
 
     def without_padding(self, valid_T: Tensor) -> RoutingDecision:
         """The same for real tokens; padding (False) gets no expert, no weight and no probability. Its logits stay, and
@@ -90,7 +127,7 @@ class RoutingDecision:
         )
 
 
-class Router(nn.Module, ABC):
+class Router(Controlled, ABC):
     """A linear gate, and the choice of experts that a subclass makes of its scores.
 
     What every router promises (`moetrain.testing.check_router` holds it to that): 1 to K experts for every token, none
@@ -104,7 +141,6 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.max_k, self.layer = moe.num_experts, moe.max_top_k, layer
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=dtype))
-        self._controllers: list[str] = []
 
     @abstractmethod
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
@@ -113,20 +149,13 @@ class Router(nn.Module, ABC):
     def update(self, counts: RouterCounts) -> None:
         """Move the controllers, once per optimizer step, by the counts of the whole global batch."""
 
-    def add_controller(self, name: str, value: Tensor) -> None:
-        """State that belongs to the training but not to the optimizer: fp32, the same on all ranks, checkpointed."""
-        assert value.dtype == torch.float32
-        self.register_buffer(name, value, persistent=False)
-        self._controllers.append(name)
-
-    def controllers(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and live tensor of every controller."""
-        for name in self._controllers:
-            yield name, self.get_buffer(name)
-
     def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs."""
-        return x_TD.float() @ self.weight.float().t()
+        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs.
+
+        Not by `@`: a BLAS picks its blocking by the number of rows, and then a token's last bits depend on how many
+        others stand in the batch (with OpenBLAS or MKL at D = 512, up to some 15 rows: just where decoding is).
+        """
+        return row_invariant_linear(x_TD.float(), self.weight.float())
 
 
 def take_best(order_TE: Tensor, values_TE: Tensor, num_selected_T: Tensor, max_k: int) -> tuple[Tensor, Tensor]:

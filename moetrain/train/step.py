@@ -108,7 +108,7 @@ class TrainStep:
         sums = self._reduce(results, len(microbatches), scored=False)
         if not result.skipped:
             for layer, moe_layer in self._moe_layers.items():
-                moe_layer.router.update(sums.router[layer])
+                moe_layer.update(sums.router[layer])
         return StepOutcome(sums.loss, result.grad_norm, result.skipped, sums.router, sums.controllers)
 
     @torch.no_grad()

@@ -377,3 +377,40 @@ def test_the_command_leaves_no_export_that_failed_its_verification(run, tmp_path
     assert isinstance(result.exception, ConversionError)
     assert "differ from ours" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"type": "top_k", "scores": "sigmoid"}, r"router\.scores \(sigmoid\).*softmax only"),
+        ({"type": "top_k", "groups": 5, "top_groups": 3}, r"router\.groups \(5\).*groups 1 only"),
+        ({"type": "top_k", "scaling_factor": 2.5}, r"router\.scaling_factor \(2\.5\).*scaling_factor 1\.0 only"),
+        *(
+            ({"type": kind}, rf"router\.type \({kind}\).*it has: top_k, da_moe")
+            for kind in ("expert_bias", "top_p", "relu", "bias_threshold")
+        ),
+    ],
+)
+def test_a_router_that_the_exported_code_lacks_is_refused_before_anything_is_written(reader, tmp_path, router, message):
+    class Other:
+        def __getattr__(self, name):
+            return getattr(reader, name)
+
+        @property
+        def config(self):
+            model = reader.config["model"]
+            return reader.config | {"model": model | {"moe": model["moe"] | {"router": router}}}
+
+    with pytest.raises(ConversionError, match=message):
+        export_hf(Other(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_balance_loss_remembers_is_no_part_of_an_export():
+    names = [
+        "weight.a",
+        "controller.decoder.layers.0.mlp.router.log_alpha",
+        "controller.decoder.layers.0.mlp.losses.load",
+    ]
+    checkpoint = SimpleNamespace(names=lambda: names)
+    assert set(hf.ModelWeights(checkpoint).names()) == {"a", "decoder.layers.0.mlp.router.log_alpha"}

@@ -1,4 +1,4 @@
-"""Tools for tests of this project and of its plug-ins: real process groups in a second, the layouts to try, a tiny run.
+"""Tools for tests of this project and of its plug-ins: process groups in a second, commands, what routers promise.
 
 `run_distributed` keeps one server process that has imported torch and Megatron and forks ranks from it, which takes
 0.6 s a launch where fresh interpreters take 35 s (4 ranks on 2 cores).
@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moetrain.config.routers import RouterConfig
 
 _PRELOAD = [
     "torch",
@@ -28,6 +31,17 @@ _PRELOAD = [
     "moetrain.train.run",
     "moetrain.cli.app",
 ]
+
+
+def check_router(settings: RouterConfig, num_experts: int = 8, hidden_size: int = 64, seed: int = 0) -> None:
+    """Hold the router of these settings to what `moetrain.moe.routing.Router` promises, on random tokens.
+
+    Needs no process group and no registration, and takes a fraction of a second. `num_experts` must be legal for the
+    settings. Raises AssertionError with the promise that is broken.
+    """
+    from moetrain.testing.routers import check_promises  # with torch, which tests of commands need not load
+
+    check_promises(settings, num_experts, hidden_size, seed)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -115,7 +129,7 @@ def _run_command(argv: list[str], cwd: Path, environment: dict[str, str], folder
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
     # What this command starts must find this moetrain from whatever folder it runs in.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     os.chdir(cwd)
     main(argv)
 
