@@ -230,7 +230,7 @@ def _frames(
 
 def _extremes(ratios: np.ndarray) -> str:
     high, low = int(ratios.argmax()), int(ratios.argmin())
-    return f"now: expert {high} at {ratios[high]:.2f}×, {low} at {ratios[low]:.2f}×"
+    return f"now: {high} at {ratios[high]:.2f}×, {low} at {ratios[low]:.2f}×"
 
 
 def _single(table: MetricsTable, key: str, title: str, unit: str, name: str, note: str = "") -> LineChart:

@@ -117,10 +117,12 @@ def write_page(html: str, path: Path, overwrite: bool) -> None:
 def _sections(run: RunFolder) -> list[Section]:
     """Only what this model and its metrics have."""
     table, moe = run.table, run.config.model.moe
+    k_heats = k_heatmaps(table)
+    k_lines = k_charts(table, moe) if k_heats else []  # a level line for a K that never changes tells nothing
     sections = [
         Section("training", "Training", training_charts(table)),
         Section("load", "Load of the experts", load_charts(table), load_heatmaps(table), "Load over steps"),
-        Section("k", "Experts per token", k_charts(table, moe), k_heatmaps(table), "Share of tokens with each K"),
+        Section("k", "Experts per token", k_lines, k_heats, "Share of tokens with each K"),
         Section("hyper", "Hyper-expert", hyper_charts(table)),
     ]
     return [section for section in sections if section.lines or section.heats]

@@ -76,7 +76,7 @@ function short(value) {
     if (size >= power) return `${trimmed((value / (letter === "k" ? 1e3 : power)).toPrecision(3))}${letter}`;
   }
   if (size >= 1000) return Math.round(value).toLocaleString("en");
-  if (size !== 0 && size < 0.001) return value.toExponential(1).replace("e-", "e−");
+  if (size !== 0 && size < 0.001) return value.toExponential(1).replace(".0e", "e").replace("e-", "e−");
   return trimmed(value.toPrecision(3));
 }
 

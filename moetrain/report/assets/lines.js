@@ -11,7 +11,7 @@ function drawLines(holder, chart) {
     color: line.role === "layer" ? css(depth(layers.indexOf(line) / Math.max(1, layers.length - 1))) : color(ROLES[line.role]),
   }));
   const frame = lineFrame(holder, chart, lines);
-  const paths = lines.map((line) => linePath(line, frame));
+  const paths = lines.map((line) => linePath(line, frame, layers.length > 12));
   const cross = shape("line", { y1: frame.top, y2: frame.bottom, class: "baseline", visibility: "hidden" });
   const picture = shape("svg", { viewBox: `0 0 ${frame.width} ${frame.height}`, height: frame.height, role: "img" });
   picture.append(...frame.marks, cross, ...paths);
@@ -66,7 +66,7 @@ function logTicks(low, high) {
 }
 
 // Values that are not finite break the line.
-function linePath(line, frame) {
+function linePath(line, frame, crowded) {
   let path = "", pen = "M";
   for (const [step, value] of line.points) {
     if (value !== null) path += `${pen}${frame.x(step).toFixed(1)} ${frame.y(value).toFixed(1)}`;
@@ -75,6 +75,7 @@ function linePath(line, frame) {
   const style = { fill: "none", stroke: line.color, "stroke-linejoin": "round", "stroke-linecap": "round" };
   style["stroke-width"] = line.role === "reference" ? 1.5 : line.role === "layer" ? 1.6 : 2;
   if (line.role === "reference") style["stroke-dasharray"] = "5 4";
+  if (line.role === "layer" && crowded) Object.assign(style, { "stroke-width": 1, opacity: 0.6 });
   const group = shape("g", {}, shape("path", { d: path, ...style }));
   const known = line.points.filter(([, value]) => value !== null);
   if (line.role !== "reference" && known.length <= 25) {

@@ -125,7 +125,7 @@ def test_a_model_of_fixed_k_without_importance_has_no_views_of_them(
     lines = [rows.train(step).replace("[0, 1, 2, 1, 0]", "[0, 0, 4]") for step in (1, 2)]
     parsed = Page(rendered(make_run(lines, TOP_K), make_trace(WORDS, fixed_k=True, importance=False)))
     assert "typical" in parsed.ids
-    assert {"chart-k-histogram", "chart-k-position", "chart-k-loss", "heat-k-0"}.isdisjoint(parsed.ids)
+    assert {"chart-k-histogram", "chart-k-position", "chart-k-loss", "heat-k-0", "k"}.isdisjoint(parsed.ids)
     assert not parsed.data["text"]["variableK"]
     assert [layer["importance"] for layer in parsed.data["text"]["layers"]] == [None, None]
 
