@@ -117,7 +117,8 @@ def _moe_line(moe: MoEConfig | None) -> str:
         choice = f"by {router.importance}, {router.mean_k:g} on average, at most {moe.max_top_k}"
     else:
         choice = f"by {router.importance}, ceil(importance x {moe.num_experts}), at most {moe.max_top_k}"
-    hyper = f"; hypernetwork expert of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
+    kind = "static branch" if moe.hyper is not None and moe.hyper.condition_on == "static" else "hypernetwork expert"
+    hyper = f"; {kind} of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
     return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
 
 
