@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+<<<<<<< HEAD
 from moetrain.config.routers import DAMoERouterConfig
 from moetrain.config.schema import ModelConfig, RunConfig
+=======
+from moetrain.config.schema import DAMoERouterConfig, HyperConfig, ModelConfig, RunConfig
+>>>>>>> hyper
 
 _TEMPLATE = """\
 ---
@@ -92,13 +96,29 @@ def _summary(model: ModelConfig) -> str:
             f"{router.describe(moe.num_experts)}."
         )
     else:
+<<<<<<< HEAD
         routing = f"Experts of a token: {router.describe(moe.num_experts)}."
     hyper = (
         " A shared hypernetwork adds an expert generated from the unselected ones (HyperMoE, arXiv 2402.12656)."
         if moe.hyper is not None
         else ""
     )
+=======
+        routing = f"Every token gets {router.top_k} experts."
+    hyper = _hyper_sentence(moe.hyper) if moe.hyper is not None else ""
+>>>>>>> hyper
     return (
         f"A causal decoder with {moe.num_experts} experts in {sparse} of its {model.num_layers} layers "
         f"(RMSNorm, rotary positions, grouped-query attention, SwiGLU). {routing}{hyper}"
+    )
+
+
+def _hyper_sentence(hyper: HyperConfig) -> str:
+    if hyper.condition_on == "static":
+        return " Each of these layers adds a small branch of its own."
+    source = {"unselected": "the unselected ones", "selected": "the selected ones", "constant": "a learned vector"}
+    owner = {"model": "A shared hypernetwork", "stage": "A hypernetwork for each group of layers"}
+    return (
+        f" {owner.get(hyper.sharing, 'A hypernetwork for each of these layers')} adds an expert generated from "
+        f"{source[hyper.condition_on]} (HyperMoE, arXiv 2402.12656)."
     )

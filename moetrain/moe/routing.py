@@ -117,13 +117,14 @@ class RoutingDecision:
     def without_padding(self, valid_T: Tensor) -> RoutingDecision:
         """The same for real tokens; padding (False) gets no expert, no weight and no probability. Its logits stay, and
         the z-loss must leave them out."""
-        real_T1 = valid_T[:, None]
+        real_T1, penalty = valid_T[:, None], self.load_penalty
         return replace(
             self,
             expert_ids_TK=torch.where(real_T1, self.expert_ids_TK, -1),
             weights_TK=self.weights_TK.masked_fill(~real_T1, 0.0),
             probs_TE=self.probs_TE.masked_fill(~real_T1, 0.0),
             num_selected_T=torch.where(valid_T, self.num_selected_T, 0),
+            load_penalty=None if penalty is None else replace(penalty, values_TE=penalty.values_TE.masked_fill(~real_T1, 0.0)),
         )
 
 

@@ -34,13 +34,14 @@ VARIANTS: dict[str, tuple[int, list[int], dict[str, Any]]] = {
     "constant": (1, [1, 0, 1, 1], {"condition_on": "constant", "embeddings": "model"}),
     "static": (2, [1, 0, 1, 1], {"condition_on": "static", "coefficient": "selected_probability"}),
 }
-SIZES = dict(tiny_config(SINGLE).model.moe.hyper.model_dump(include={"bottleneck", "hidden", "condition", "process"}))
-SIZES |= {"expert_embedding": 6, "layer_embedding": 4}
+SIZES = {"bottleneck": 4, "hidden": 8, "expert_embedding": 6, "process": 10, "condition": 8, "layer_embedding": 4}
 
 
 def config_of(layout: Layout, variant: str) -> Any:
     zero, layer_freq, hyper = VARIANTS[variant]
-    changes = {"model__moe__layer_freq": layer_freq, "model__moe__hyper": SIZES | hyper}
+    # At the default of 1e-8 Adam makes a whole step of a gradient that is nothing but rounding: weights of a hidden
+    # unit that hardly any set activates then differ by up to 3e-5, where the first step's norms agree to 1e-8.
+    changes = {"model__moe__layer_freq": layer_freq, "model__moe__hyper": SIZES | hyper, "optimizer__eps": 1e-6}
     return tiny_config(layout, zero, **changes)
 
 
@@ -65,7 +66,7 @@ def test_the_weights_are_those_that_the_config_counts(variant: str) -> None:
     assert shapes == dict(parameter_shapes(config_of(SINGLE, variant).model))
 
 
-def test_every_variant_learns_its_own_weights() -> None:
+def test_every_variant_is_another_model() -> None:
     """Each setting must reach the model, or parity would prove nothing about it."""
     losses = [tuple(run.losses) for run in trajectories(SINGLE).values()]
     assert len({loss[-1] for loss in losses}) == len(losses) - 1, "only the two runs with equal stages may agree"

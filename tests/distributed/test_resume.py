@@ -23,9 +23,9 @@ BY_NAME = {layout.name: layout for layout in [SINGLE, *LAYOUTS]}
 STEPS, HALF = 6, 3
 
 
-def run_part(layout: Layout, zero: int, tied: bool, folder: Path, first: int, last: int) -> dict:
+def run_part(layout: Layout, zero: int, tied: bool, folder: Path, first: int, last: int, **changes: object) -> dict:
     """Steps [first, last) of the synthetic run: from `folder`'s checkpoint if first > 0; a checkpoint is left there."""
-    config = tiny_config(layout, zero, tied)
+    config = tiny_config(layout, zero, tied, **changes)
     step = build_step(config, create_groups(layout_of(config), seed=1), torch.device("cpu"))
     manager = CheckpointManager(folder, keep_last=2, comm=TorchDistributed())
     record = {"name": layout.name, "zero": zero}

@@ -51,3 +51,30 @@ def test_every_broken_rule_between_sections_has_a_line_of_its_own(tree: dict[str
         text.splitlines()[1:], ("parallel.expert (3)", "zero.stage (3)", "training.micro_batch_size (3)"), strict=True
     ):
         assert line.startswith(f"  {setting}")
+
+
+@pytest.mark.parametrize(
+    ("hyper", "words"),
+    [
+        ({"sharing": "stage"}, "stages (a number) and sharing: stage need each other; they are unset and stage"),
+        ({"stages": 2}, "they are 2 and model"),
+        ({"sharing": "stage", "stages": 3}, "moe.hyper.stages (3) must divide num_layers (4)"),
+        ({"sharing": "stage", "stages": 4}, "moe.hyper.stages (4) leaves layers 0 to 0 with a hypernetwork and no MoE"),
+        ({"aggregation": "prob", "form": "grouped"}, "form (grouped) generates an expert for each set"),
+        (
+            {"condition_on": "constant", "aggregation": "sum"},
+            "aggregation (sum) means nothing with condition_on",
+        ),
+        ({"condition_on": "static", "sharing": "layer"}, "sharing (layer) means nothing with condition_on static"),
+        (
+            {"condition_on": "static", "embeddings": "model"},
+            "embeddings (model) means nothing with condition_on",
+        ),
+        ({"condition_on": "static", "form": "grouped"}, "form (grouped) means nothing with condition_on static"),
+    ],
+)
+def test_hypermoe_settings_that_cannot_work_together_are_refused(
+    tree: dict[str, Any], hyper: dict[str, Any], words: str
+) -> None:
+    text = complaint(tree, {"model.moe.hyper": hyper})
+    assert text.startswith("1 problem") and words in text

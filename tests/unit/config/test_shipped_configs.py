@@ -60,6 +60,18 @@ def test_model_names_tell_their_active_size() -> None:
         assert parameter_count(load_config(layers).model).active_per_token == pytest.approx(active, rel=0.1)
 
 
+def test_the_official_preset_is_the_released_code() -> None:
+    """Sizes of every released script, and 12,806,456 parameters of the shared hypernetwork: counted from that code."""
+    layers = [CONFIGS / "base.yaml", CONFIGS / "data/stdlib.yaml", CONFIGS / "models/hypermoe-official.yaml"]
+    model = load_config(layers).model
+    assert model.moe is not None and model.moe.hyper is not None
+    hyper = model.moe.hyper
+    sizes = (hyper.expert_embedding, hyper.process, hyper.condition, hyper.layer_embedding, hyper.hidden)
+    assert (*sizes, hyper.bottleneck) == (128, 128, 128, 10, 128, 64)
+    assert (hyper.aggregation, hyper.condition_on, hyper.coefficient) == ("sum", "unselected", "one")
+    assert parameter_count(model).hyper == 12_806_456 + 12 * (1_024 + 33_024)
+
+
 def test_the_demo_shows_both_methods_on_a_pipeline_with_experts_apart() -> None:
     config = load_config([CONFIGS / "demo.yaml"])
     moe = config.model.moe

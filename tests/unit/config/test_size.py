@@ -91,3 +91,18 @@ def test_flops_grow_with_mean_k_by_the_experts_and_with_hyper_by_its_bottleneck(
     plain = _model({**tree, "model": {**tree["model"], "moe": {**tree["model"]["moe"], "hyper": None}}})
     assert flops_per_token(plain, mean_k=3) - flops_per_token(plain, mean_k=2) == 2 * 3 * 2 * (3 * 64 * 48)
     assert flops_per_token(hyper) - flops_per_token(plain) == 2 * 3 * 2 * (2 * 64 * 5)
+
+
+def test_hyper_flops_count_generation_where_every_token_has_an_expert_of_its_own(tree: dict[str, Any]) -> None:
+    """d=64, two MoE layers, E=8; r=5 h=6 t=7 q=9 c=10 m=3. Forward and backward is three times the forward pass."""
+    sizes = {"bottleneck": 5, "hidden": 6, "expert_embedding": 7, "process": 9, "condition": 10, "layer_embedding": 3}
+
+    def extra(**choices: Any) -> float:
+        moe = {**tree["model"]["moe"], "hyper": sizes | choices}
+        return flops_per_token(_model(tree, moe=moe)) - flops_per_token(_model(tree))
+
+    generation = 4 * 6 * 64 * 5 + 4 * 6 * 5 + 2 * 6 * (64 + 5)
+    condition = 2 * 8 * 7 + 2 * (7 * 9 + 9 * 10) + 2 * 6 * (10 + 3)
+    assert extra(condition_on="static") == extra() == 2 * 3 * (4 * 64 * 5)
+    assert extra(form="factorized") == 2 * 3 * (4 * 64 * 5 + generation)
+    assert extra(aggregation="prob") == 2 * 3 * (4 * 64 * 5 + generation + condition)

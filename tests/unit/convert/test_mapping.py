@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moetrain.convert.hf_config import hf_config
 from moetrain.convert.mapping import ParamMap, read_whole
 from moetrain.errors import ConversionError
 
@@ -81,6 +82,13 @@ def test_a_controller_without_a_config_for_it_is_left_over(of_kind, weights, sou
     tensors = weights(of_kind("da_moe-self_weight-mean_k"))
     with pytest.raises(ConversionError, match="thresholds"):
         next(ParamMap(of_kind("da_moe-self_weight-paper")).export(source(tensors)))
+
+
+def test_a_model_that_the_export_cannot_compute_is_refused_by_its_setting(of_kind):
+    model = of_kind("top_k-hyper")
+    hyper = model.moe.hyper.model_copy(update={"condition_on": "random_fixed"})
+    with pytest.raises(ConversionError, match=r"condition_on is random_fixed.*legal: unselected"):
+        hf_config(model.model_copy(update={"moe": model.moe.model_copy(update={"hyper": hyper})}))
 
 
 def test_read_whole_reads_a_scalar(source):
