@@ -91,3 +91,14 @@ def test_flops_grow_with_mean_k_by_the_experts_and_with_hyper_by_its_bottleneck(
     plain = _model({**tree, "model": {**tree["model"], "moe": {**tree["model"]["moe"], "hyper": None}}})
     assert flops_per_token(plain, mean_k=3) - flops_per_token(plain, mean_k=2) == 2 * 3 * 2 * (3 * 64 * 48)
     assert flops_per_token(hyper) - flops_per_token(plain) == 2 * 3 * 2 * (2 * 64 * 5)
+
+
+def test_an_encoder_sees_twice_the_tokens_and_a_head_replaces_the_output_layer(tree: dict[str, Any]) -> None:
+    decoder, encoder, headed = (
+        ModelConfig.model_validate(tree["model"] | changes)
+        for changes in ({}, {"type": "encoder"}, {"type": "encoder", "head": {"outputs": 3}})
+    )
+    assert parameter_count(decoder) == parameter_count(encoder)
+    assert flops_per_token(encoder) - flops_per_token(decoder) == 3 * 4 * 2 * 32 * 64  # 4 layers, 32 tokens, 64 wide
+    assert parameter_count(encoder).total - parameter_count(headed).total == 512 * 64 - (3 * 64 + 3)
+    assert flops_per_token(encoder) - flops_per_token(headed) == 3 * 2 * 512 * 64
