@@ -110,20 +110,9 @@ def _model_line(model: ModelConfig) -> str:
 def _moe_line(moe: MoEConfig | None) -> str:
     if moe is None:
         return "none: every layer is dense"
-<<<<<<< HEAD
     choice = moe.router.describe(moe.num_experts)
-    hyper = f"; hypernetwork expert of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
-=======
-    router = moe.router
-    if not isinstance(router, DAMoERouterConfig):
-        choice = f"top {router.top_k}"
-    elif router.budget == "mean_k":
-        choice = f"by {router.importance}, {router.mean_k:g} on average, at most {moe.max_top_k}"
-    else:
-        choice = f"by {router.importance}, ceil(importance x {moe.num_experts}), at most {moe.max_top_k}"
     kind = "static branch" if moe.hyper is not None and moe.hyper.condition_on == "static" else "hypernetwork expert"
     hyper = f"; {kind} of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
->>>>>>> hyper
     return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
 
 

@@ -96,6 +96,8 @@ def _objective_problems(config: RunConfig) -> Iterator[str]:
         )
     if any(entry.weight != 1.0 for entry in (*data.train, *data.valid)):
         yield f"data: weights other than 1 mean nothing to training.objective.type ({objective.type})"
+    if data.split != type(data).model_fields["split"].default:
+        yield f"data.split ({data.split}) means nothing to training.objective.type ({objective.type}); name data.valid"
     if not data.valid and training.eval_iters:
         yield (
             f"training.objective.type ({objective.type}) never cuts data.train; name data.valid, or set "

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-<<<<<<< HEAD
 from moetrain.config.routers import DAMoERouterConfig
-from moetrain.config.schema import ModelConfig, RunConfig
-=======
-from moetrain.config.schema import DAMoERouterConfig, HyperConfig, ModelConfig, RunConfig
->>>>>>> hyper
+from moetrain.config.schema import HyperConfig, ModelConfig, RunConfig
 
 _TEMPLATE = """\
 ---
@@ -96,17 +92,8 @@ def _summary(model: ModelConfig) -> str:
             f"{router.describe(moe.num_experts)}."
         )
     else:
-<<<<<<< HEAD
         routing = f"Experts of a token: {router.describe(moe.num_experts)}."
-    hyper = (
-        " A shared hypernetwork adds an expert generated from the unselected ones (HyperMoE, arXiv 2402.12656)."
-        if moe.hyper is not None
-        else ""
-    )
-=======
-        routing = f"Every token gets {router.top_k} experts."
     hyper = _hyper_sentence(moe.hyper) if moe.hyper is not None else ""
->>>>>>> hyper
     return (
         f"A causal decoder with {moe.num_experts} experts in {sparse} of its {model.num_layers} layers "
         f"(RMSNorm, rotary positions, grouped-query attention, SwiGLU). {routing}{hyper}"

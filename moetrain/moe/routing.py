@@ -124,7 +124,9 @@ class RoutingDecision:
             weights_TK=self.weights_TK.masked_fill(~real_T1, 0.0),
             probs_TE=self.probs_TE.masked_fill(~real_T1, 0.0),
             num_selected_T=torch.where(valid_T, self.num_selected_T, 0),
-            load_penalty=None if penalty is None else replace(penalty, values_TE=penalty.values_TE.masked_fill(~real_T1, 0.0)),
+            load_penalty=None
+            if penalty is None
+            else replace(penalty, values_TE=penalty.values_TE.masked_fill(~real_T1, 0.0)),
         )
 
 

@@ -195,7 +195,7 @@ class Trainer:
             self.iteration = self.start_iteration = reader.step
             self.consumed_samples = reader.consumed_samples
             self.skipped_total = int(reader.extra["skipped_steps"])
-            self._saved_at = reader.step if self.config.checkpoint.load is None else None
+            self._saved_at = reader.step if is_own else None
             self.log.info("resumed from %s (made on %s)", reader.folder, reader.layout.get("description"))
 
     def _open_checkpoint(self) -> tuple[CheckpointReader | None, bool]:

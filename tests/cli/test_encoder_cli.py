@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from moetrain.cli import claims_glue
 from moetrain.testing import CliResult, run_cli
 
 MODEL: dict[str, Any] = {
@@ -154,6 +158,40 @@ def test_what_cannot_be_is_refused_with_one_error(folder: Path) -> None:
     whole = tune(folder, "refused", good)
     assert whole.code == 2
     assert "model.head: null in the checkpoint" in whole.stderr
+
+
+def glue(words: list[str], folder: Path) -> CliResult:
+    """`claims glue` in this process; the trainings are processes of their own."""
+    app = typer.Typer()
+    app.command()(claims_glue.glue)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(claims_glue.__file__).parents[2]))
+        result = CliRunner().invoke(app, words)
+    return CliResult(result.exit_code, result.output, str(result.exception))
+
+
+def test_glue_tasks_are_trained_judged_and_reported(folder: Path) -> None:
+    data = folder / "glue"
+    (data / "SST-2").mkdir(parents=True)
+    for part, offset, count in (("train", 0, 64), ("dev", 1000, 21)):
+        write_examples(folder / "plain.jsonl", count, offset)
+        rows = [json.loads(line) for line in (folder / "plain.jsonl").read_text().splitlines()]
+        lines = [f"{row['sentence']}\t{int(row['kind'] == 'second')}" for row in rows]
+        (data / "SST-2" / f"{part}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    words = ["--model", "pretrained", "--data", "glue", "--out", "judged", "--lr", "3e-3", "--batch-size", "8"]
+    result = glue([*words, "--epochs", "4"], folder)
+    assert result.code == 0, result
+    record = json.loads((folder / "judged" / "glue.json").read_text())
+    (score,) = record["scores"]
+    assert (score["task"], score["examples"], score["train_examples"], score["steps"]) == ("SST-2", 21, 64, 32)
+    assert record["average"] == score["scores"]["accuracy"] > 0.9
+    assert (
+        f"| SST-2 | accuracy {record['average']:.4f} | 21 | 64 | 0 | 32 |"
+        in (folder / "judged" / "glue.md").read_text()
+    )
+    again = glue([*words, "--epochs", "5"], folder)
+    assert "choose another --out" in again.stderr
+    assert "legal: CoLA" in glue([*words, "--task", "SQuAD"], folder).stderr
 
 
 def test_an_encoder_is_not_exported_as_something_else(folder: Path) -> None:

@@ -108,3 +108,26 @@ def test_another_tokenizer_is_refused_and_an_unknown_one_is_not():
     with pytest.raises(CheckpointError, match="tokenizer fingerprint: aa in the checkpoint, bb in this run"):
         check_config(CONFIG, CONFIG, "aa", "bb")
     assert check_config(CONFIG, CONFIG, "aa", "aa") == check_config(CONFIG, CONFIG, None, "bb") == []
+
+
+def test_a_start_from_weights_alone_may_have_another_head_and_length_and_nothing_else():
+    before, head = changed(model__seq_length=64, model__head=None), {"outputs": 2, "pooling": "mean"}
+    now = changed(model__seq_length=32, model__head=head, model__share_embeddings_and_output_weights=True)
+    notes = check_config(before, now, weights_only=True)
+    assert [note.partition(":")[0] for note in notes] == [
+        "model.head",
+        "model.seq_length",
+        "model.share_embeddings_and_output_weights",
+    ]
+    with pytest.raises(CheckpointError, match=r"model\.head.*model\.seq_length"):
+        check_config(before, now)
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        check_config(before, now | {"model": now["model"] | {"hidden_size": 32}}, weights_only=True)
+    with pytest.raises(CheckpointError, match="share_embeddings"):  # without a head it decides what the output is
+        check_config(before, changed(model__share_embeddings_and_output_weights=True), weights_only=True)
+
+
+def test_another_objective_is_told():
+    before = changed(training__objective={"type": "masked_lm", "share": 0.15})
+    now = changed(training__objective={"type": "masked_lm", "share": 0.3})
+    assert check_config(before, now) == ["training.objective.share: 0.15 in the checkpoint, 0.3 in this run"]

@@ -78,3 +78,52 @@ def test_hypermoe_settings_that_cannot_work_together_are_refused(
 ) -> None:
     text = complaint(tree, {"model.moe.hyper": hyper})
     assert text.startswith("1 problem") and words in text
+
+
+TASK = {
+    "model.head": {"outputs": 2},
+    "training.objective": {"type": "classify", "classes": ["no", "yes"]},
+    "data.valid": [{"path": "dev.jsonl"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.type": "encoder"}, "training.objective.type (causal_lm) with model.type (encoder)"),
+        (
+            {"training.objective": {"type": "masked_lm"}},
+            "objective.type (masked_lm) with model.type (decoder)",
+        ),
+        ({"model.head": {"outputs": 2}}, "model.head stands where training.objective.type (causal_lm) needs"),
+        (TASK | {"model.head": None}, "needs model.head.outputs: 2; there is no model.head"),
+        (TASK | {"model.head": {"outputs": 3}}, "needs model.head.outputs: 2; there is 3"),
+        (TASK | {"model.head": {"outputs": 2, "pooling": "first"}}, "head.pooling (first) in a decoder"),
+        (TASK | {"training.objective": {"type": "regress"}}, "(regress) needs model.head.outputs: 1; there is 2"),
+        (TASK | {"data.valid": []}, "(classify) never cuts data.train; name data.valid, or set training.eval_iters: 0"),
+        (TASK | {"data.split": "90,10,0"}, "data.split (90,10,0) means nothing to training.objective.type (classify)"),
+        (TASK | {"data.train": [{"path": "a", "weight": 2.0}]}, "weights other than 1 mean nothing"),
+        (TASK | {"training.objective": {"type": "classify", "classes": ["a", "a"]}}, "classes (a, a) must all be"),
+        ({"checkpoint.load_weights_only": True}, "checkpoint.load_weights_only: true needs checkpoint.load"),
+        (
+            {"model.moe.router": {"type": "da_moe", "importance": "col_sum"}},
+            "moe.router.importance (col_sum) looks at later tokens",
+        ),
+        (
+            {"model.moe.router": {"type": "da_moe", "importance": "col_sum", "budget": "paper"}},
+            "legal with it: budget mean_k",
+        ),
+    ],
+)
+def test_an_objective_that_the_model_or_the_data_cannot_serve_is_refused(
+    tree: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    assert words in complaint(tree, changes)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_task_on_whole_texts_is_legal_for_both_kinds_of_model(tree: dict[str, Any], kind: str) -> None:
+    tree["model"] |= {"type": kind, "head": {"outputs": 2}}
+    tree["data"]["valid"] = TASK["data.valid"]
+    tree["training"]["objective"] = TASK["training.objective"]
+    assert config_from_dict(tree, "test").training.objective.type == "classify"

@@ -106,3 +106,14 @@ def test_hyper_flops_count_generation_where_every_token_has_an_expert_of_its_own
     assert extra(condition_on="static") == extra() == 2 * 3 * (4 * 64 * 5)
     assert extra(form="factorized") == 2 * 3 * (4 * 64 * 5 + generation)
     assert extra(aggregation="prob") == 2 * 3 * (4 * 64 * 5 + generation + condition)
+
+
+def test_an_encoder_sees_twice_the_tokens_and_a_head_replaces_the_output_layer(tree: dict[str, Any]) -> None:
+    decoder, encoder, headed = (
+        ModelConfig.model_validate(tree["model"] | changes)
+        for changes in ({}, {"type": "encoder"}, {"type": "encoder", "head": {"outputs": 3}})
+    )
+    assert parameter_count(decoder) == parameter_count(encoder)
+    assert flops_per_token(encoder) - flops_per_token(decoder) == 3 * 4 * 2 * 32 * 64  # 4 layers, 32 tokens, 64 wide
+    assert parameter_count(encoder).total - parameter_count(headed).total == 512 * 64 - (3 * 64 + 3)
+    assert flops_per_token(encoder) - flops_per_token(headed) == 3 * 2 * 512 * 64

@@ -78,6 +78,8 @@ FOREIGN = {
     "docs/adr/0001-zero-seam.md": "BF16_Optimizer DeepSpeedEngine NoneType PipelineModule finalize_model_grads",
     "docs/adr/0002-checkpoint-format.md": "gather_object read_metadata scatter_object_list",
     "docs/adr/0003-own-dispatch-and-experts.md": "te_general_gemm",
+    "docs/adr/0004-encoder-decoder.md": "CrossAttention RotaryEmbedding TransformerBlock decoder_seq_length "
+    "encoder_and_decoder get_model_xattn get_tensor_shapes set_input_tensor xattn_needed",
     "docs/concepts/hypermoe.md": "use_fast_mode",
 }
 
