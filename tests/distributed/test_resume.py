@@ -104,3 +104,20 @@ def test_resume_on_another_layout_keeps_the_trajectory(
     assert after["controllers"] == whole["controllers"]
     for name, weight in whole["weights"].items():
         assert float((after["weights"][name] - weight).norm() / weight.norm()) <= 1e-5, name
+
+
+def run_biased(layout: Layout, folder: Path, first: int, last: int) -> dict:
+    """With controllers that are vectors: a bias per expert, and the loads that the balance loss remembers."""
+    router = {"type": "expert_bias", "bias_rate": 0.05}
+    changes = {"model__moe__router": router, "model__moe__aux_loss": "global_batch"}
+    return run_part(layout, 1, False, folder, first, last, **changes)
+
+
+def test_controllers_that_are_vectors_resume_on_another_layout(tmp_path: Path) -> None:
+    whole = run_distributed(run_biased, 1, SINGLE, tmp_path / "whole", 0, STEPS)[0]
+    run_distributed(run_biased, 2, BY_NAME["pp2"], tmp_path / "parts", 0, HALF)
+    after = run_distributed(run_biased, 2, BY_NAME["tp2"], tmp_path / "parts", HALF, STEPS)[0]
+    assert len(after["controllers"]) == 6
+    assert after["controllers"] == whole["controllers"]
+    for name, weight in whole["weights"].items():
+        assert float((after["weights"][name] - weight).norm() / weight.norm()) <= 1e-5, name
