@@ -145,7 +145,8 @@ class DAMoERouterConfig(RouterConfig):
         "receives: as it is, or relative to what uniform attention would give to its position",
     )
     predictor_loss_coeff: NonNegativeFloat = Field(
-        default=0.01, description="loss of the predictor (importance: predicted); its gradient reaches the predictor only"
+        default=0.01,
+        description="loss of the predictor (importance: predicted); its gradient reaches the predictor only",
     )
     gates: Gates = "raw"
 
@@ -157,7 +158,9 @@ class DAMoERouterConfig(RouterConfig):
         if self.budget == "mean_k" and not self.min_k <= self.mean_k <= top:
             raise ValueError(f"mean_k ({self.mean_k}) must lie between min_k ({self.min_k}) and max_k ({self.max_k})")
         if self.budget == "paper":
-            self._need("budget (paper) is ceil(importance * num_experts) of the importance itself", "direction", "debias")
+            self._need(
+                "budget (paper) is ceil(importance * num_experts) of the importance itself", "direction", "debias"
+            )
             if self.importance == "col_sum":
                 raise ValueError(
                     "importance (col_sum) is no share of one, so budget paper would give most tokens every expert; "

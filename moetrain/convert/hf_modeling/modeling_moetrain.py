@@ -1,7 +1,7 @@
 """Inference and fine-tuning of models trained with moetrain, in plain torch.
 
-Every routing decision of a token depends on that token's hidden state and row of the attention matrix alone, so decoding with a cache,
-a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes the language-model loss;
+Every routing decision of a token depends on that token's hidden state and row of the attention matrix alone, so
+decoding with a cache, a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes the language-model loss;
 the balance losses and controllers of pretraining are not part of this file (`thresholds` stay as trained).
 
 Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens, d width, E experts, r bottleneck.
@@ -291,9 +291,7 @@ class MoetrainMoE(nn.Module):
     ) -> Tensor:
         """x [b, s, d], importance [b, s] or None, positions [b, s] -> [b, s, d]."""
         tokens = x.flatten(0, 1)
-        gates, selected = self.gate(
-            tokens, None if importance is None else importance.flatten(), positions.flatten()
-        )
+        gates, selected = self.gate(tokens, None if importance is None else importance.flatten(), positions.flatten())
         output = torch.zeros_like(tokens, dtype=torch.float32)
         for number, expert in enumerate(self.experts):
             rows = selected[:, number].nonzero().squeeze(-1)

@@ -125,7 +125,7 @@ def test_counts_outputs_and_gradients_are_those_of_the_equations(measure: str, b
     (y * seed).sum().backward()
 
     xs, gate, ws = (np.array(t.detach().double()) for t in (x, router.weight, experts))
-    seeds = seed.double().numpy()
+    seed.double().numpy()
     if measure == "predicted":
         known = 1 / (1 + np.exp(-(xs @ router.predictor.detach().double().numpy())))
     else:
@@ -261,7 +261,7 @@ def test_rank_shares_give_the_mean_and_are_those_of_a_scaled_rank(mean_k: float,
     assert min_k + sum(shares) == pytest.approx(mean_k, abs=1e-6)
     assert len(shares) <= max_k - min_k
     assert list(shares) == sorted(shares, reverse=True)
-    if 0 < len(shares) and mean_k < max_k:
+    if len(shares) > 0 and mean_k < max_k:
         alpha = min_k / (1 - shares[0])
         ranks = (np.arange(20000) + 0.5) / 20000
         counts = np.clip(np.ceil(alpha * ranks), min_k, max_k)
