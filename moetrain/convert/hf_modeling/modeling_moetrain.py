@@ -1,8 +1,9 @@
 """Inference and fine-tuning of models trained with moetrain, in plain torch.
 
 Every routing decision of a token depends on that token's hidden state and row of the attention matrix alone, so
-decoding with a cache, a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes the language-model loss;
-the balance losses and controllers of pretraining are not part of this file (`thresholds` stay as trained).
+decoding with a cache, a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes
+the language-model loss; the balance losses and controllers of pretraining are not part of this file (`thresholds` stay
+as trained).
 
 Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens, d width, E experts, r bottleneck.
 """
