@@ -137,18 +137,15 @@ def k_charts(table: MetricsTable, moe: MoEConfig | None) -> list[LineChart]:
     budget = mean_k_budget(moe) if moe else None
     if lines and budget is not None:
         lines = (*lines, Line("budget", "reference", _level(table, budget)))
-    alpha = tuple(
-        replace(line, series=Series(line.series.steps, np.exp(line.series.values)))
-        for line in _by_layer(table, "log_alpha")
-    )
     charts = [
         LineChart("mean-k", "Mean experts per token", "experts", lines),
         LineChart(
-            "alpha",
-            "Controller α",
+            "threshold",
+            "Importance at the middle threshold",
             "",
-            alpha,
-            "K = ceil(α · importance), clamped; α moves until the mean K is the budget.",
+            _by_layer(table, "threshold"),
+            "A token gets one more expert for each threshold that its importance reaches; thresholds are running "
+            "quantiles that keep the mean K at the budget.",
         ),
     ]
     return [chart for chart in charts if chart.lines]

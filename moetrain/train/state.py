@@ -91,7 +91,7 @@ def restore_weights(step: TrainStep, reader: CheckpointReader, log: logging.Logg
             fill_from(reader, ParameterShard.of(fragment.info), _WEIGHT, fragment.master, fragment.start)
     step.optimizer.finish_load(0)
     for name, controller in named_controllers(step.chunks):
-        controller.log_alpha.copy_(reader.read(_CONTROLLER + name))
+        controller.copy_(reader.read(_CONTROLLER + name))
     if new:
         log.info("not in the checkpoint, so at their initial values: %s", ", ".join(new))
     if unused:

@@ -409,8 +409,8 @@ def test_a_router_that_the_exported_code_lacks_is_refused_before_anything_is_wri
 def test_what_a_balance_loss_remembers_is_no_part_of_an_export():
     names = [
         "weight.a",
-        "controller.decoder.layers.0.mlp.router.log_alpha",
+        "controller.decoder.layers.0.mlp.router.thresholds",
         "controller.decoder.layers.0.mlp.losses.load",
     ]
     checkpoint = SimpleNamespace(names=lambda: names)
-    assert set(hf.ModelWeights(checkpoint).names()) == {"a", "decoder.layers.0.mlp.router.log_alpha"}
+    assert set(hf.ModelWeights(checkpoint).names()) == {"a", "decoder.layers.0.mlp.router.thresholds"}

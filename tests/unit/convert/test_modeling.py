@@ -179,7 +179,7 @@ def test_logits_are_those_of_the_equations(model, weights, build):
         logits = build(model, tensors)(tokens).logits
     expected = torch.stack([reference_forward(tensors, model, row.tolist()) for row in tokens])
     assert expected.std() > 0.3
-    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits.double(), expected, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ ROUTERS: dict[str, RouterConfig] = {
     "bias_threshold": BiasThresholdRouterConfig(),
     "bias_threshold, separate": BiasThresholdRouterConfig(rule="separate", max_k=4, bias_rate=0.1),
     "da_moe": DAMoERouterConfig(),
+    "da_moe, predicted": DAMoERouterConfig(importance="predicted"),
+    "da_moe, random by position": DAMoERouterConfig(importance="random", debias="position"),
     "da_moe, paper": DAMoERouterConfig(budget="paper", gates="renormalized", max_k=5),
 }
 

@@ -33,7 +33,7 @@ def config(moe: dict[str, Any] | None = None, name: str = "small") -> dict[str, 
 def train_row(
     step: int, loss: float = 3.0, layers: Iterable[int] = (0, 1), load: Iterable[int] = (1, 2, 3, 4), **more: Any
 ) -> str:
-    stats = [RouterStats.from_counts(i, list(load), [0, 1, 2, 1, 0], log_alpha=0.5) for i in layers]
+    stats = [RouterStats.from_counts(i, list(load), [0, 1, 2, 1, 0], controllers={"threshold": 0.5}) for i in layers]
     report = StepReport(
         iteration=step,
         train_iters=100,

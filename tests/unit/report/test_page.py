@@ -83,7 +83,7 @@ def test_nothing_is_loaded_from_anywhere(make_run: MakeRun, make_trace: MakeTrac
 def test_every_chart_has_its_place_and_its_numbers(make_run: MakeRun, make_trace: MakeTrace) -> None:
     parsed = Page(rendered(make_run(), make_trace(WORDS)))
     keys = ["loss", "grad-norm", "lr", "tokens-per-second", "load-balance", "z-loss"]
-    keys += ["max-over-mean", "load-entropy", "mean-k", "alpha"]
+    keys += ["max-over-mean", "load-entropy", "mean-k", "threshold"]
     assert [chart["key"] for chart in parsed.data["lines"]] == keys
     assert {f"chart-{key}" for key in keys} <= parsed.ids
     assert [chart["key"] for chart in parsed.data["heats"]] == ["load-0", "load-1", "k-0", "k-1"]
@@ -171,7 +171,7 @@ def test_a_large_run_makes_a_small_page(make_run: MakeRun, make_trace: MakeTrace
         lists = {}
         for layer in range(layers):
             at = f"router/layer{layer:02d}"
-            for name in ("max_over_mean", "entropy", "max_entropy", "mean_k", "log_alpha", "hyper_norm_ratio"):
+            for name in ("max_over_mean", "entropy", "max_entropy", "mean_k", "threshold", "hyper_norm_ratio"):
                 values[f"{at}/{name}"] = 1.0 + random.random()
             lists[f"{at}/load"] = random.random(experts, dtype=np.float32)
             lists[f"{at}/k_histogram"] = random.integers(0, 99, 9).astype(np.float32)
