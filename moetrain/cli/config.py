@@ -110,7 +110,7 @@ def _model_line(model: ModelConfig) -> str:
 def _moe_line(moe: MoEConfig | None) -> str:
     if moe is None:
         return "none: every layer is dense"
-    choice = moe.router.describe(moe.num_experts)
+    choice = moe.router.describe(moe.num_choices)
     hyper = f"; hypernetwork expert of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
     return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
 
@@ -119,7 +119,7 @@ def _dispatch_line(config: RunConfig, moe: MoEConfig) -> str:
     par, train = config.parallel, config.training
     bound = dispatch_bound(
         tokens=train.micro_batch_size * config.model.seq_length // par.tensor,
-        max_k=moe.max_top_k,
+        max_k=moe.selectable[-1],
         num_experts_local=moe.num_experts // par.expert,
         hidden=config.model.hidden_size,
         ffn=moe.ffn_hidden_size,

@@ -57,6 +57,12 @@ class RouterConfig(Section):
         return None
 
     @property
+    def respects_token_mask(self) -> bool:
+        """Whether the router never prefers an expert with a score of minus infinity to another one; it must hand its
+        context to `Router.logits`, which puts the scores of hidden experts there."""
+        return False
+
+    @property
     def reported(self) -> tuple[str, ...]:
         """Names of scalar controllers that are shown in the metrics of each layer."""
         return ()
@@ -88,6 +94,10 @@ class TopKRouterConfig(RouterConfig):
 
     def problems(self, num_experts: int) -> list[str]:
         return at_most_experts(self, ("top_k",), num_experts)
+
+    @property
+    def respects_token_mask(self) -> bool:
+        return True
 
 
 class DAMoERouterConfig(RouterConfig):
@@ -140,6 +150,10 @@ class DAMoERouterConfig(RouterConfig):
     @property
     def attention_measure(self) -> str | None:
         return self.importance
+
+    @property
+    def respects_token_mask(self) -> bool:
+        return True
 
     @property
     def reported(self) -> tuple[str, ...]:

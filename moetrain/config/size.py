@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moetrain.config.relatives import gate_width, state_width
 from moetrain.config.schema import HyperConfig, ModelConfig, MoEConfig
 
 
@@ -30,7 +31,8 @@ class ParameterCount:
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
-    """Weights of the model by kind. `mlp` counts dense MLPs, routers and norms; a tied output layer counts once."""
+    """Weights of the model by kind. `mlp` counts dense MLPs, shared experts, routers with
+    their choices and norms; a tied output layer counts once."""
     parts = {"embedding": 0, "attention": 0, "mlp": 0, "expert": 0, "hyper": 0}
     for name, shape in parameter_shapes(model):
         parts[_part_of(name)] += math.prod(shape)
@@ -60,6 +62,10 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
     yield "decoder.final_layernorm.weight", (d,)
     if model.moe is not None and model.moe.hyper is not None:
         yield from _hypernetwork_shapes(model.moe.hyper, model.num_layers, d)
+    if model.moe is not None and model.moe.router_state is not None and model.moe.router_state.type == "recurrent":
+        width = state_width(model.moe)
+        yield from _linear("router_gru.input", 3 * width, width)
+        yield from _linear("router_gru.state", 3 * width, width)
     if not model.share_embeddings_and_output_weights:
         yield "output_layer.weight", (model.vocab_size, d)
 
@@ -87,22 +93,47 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
             forward += dense_mlp
             continue
         k = moe.expected_mean_k if mean_k is None else mean_k
-        forward += 2 * d * moe.num_experts + k * 6 * d * moe.ffn_hidden_size
+        forward += k * 6 * d * moe.ffn_hidden_size + _beside_experts(moe, d)
         if moe.hyper is not None:
             forward += 4 * d * moe.hyper.bottleneck
     return 3.0 * forward
 
 
+def _beside_experts(moe: MoEConfig, d: int) -> float:
+    """Forward operations per token of the gate and of what every token passes besides its experts. A constant expert
+    is computed for all tokens, because its mixture costs less than to sort them out."""
+    flops = 2.0 * gate_width(moe, d) * moe.num_choices + 6 * d * (moe.shared_expert_ffn_hidden_size or 0)
+    if moe.computation_free is not None:
+        flops += moe.computation_free.constant_experts * (4 * d + 2 * d)
+    if moe.router_state is not None and moe.router_state.type == "recurrent":
+        width = state_width(moe)
+        flops += 2 * d * width + 2 * (2 * width * 3 * width)
+    return flops
+
+
 def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     e, f = moe.num_experts, moe.ffn_hidden_size
-    yield f"{prefix}.router.weight", (e, d)
+    yield f"{prefix}.router.weight", (moe.num_choices, gate_width(moe, d))
     yield f"{prefix}.experts.fc1", (e, 2 * f, d)
     yield f"{prefix}.experts.fc2", (e, d, f)
+    yield from _relatives_shapes(prefix, moe, d)
     if moe.hyper is not None:
         hyper = moe.hyper
         yield f"{prefix}.hyper.expert_embedding", (e, hyper.expert_embedding)
         yield from _linear(f"{prefix}.hyper.process_in", hyper.process, hyper.expert_embedding)
         yield from _linear(f"{prefix}.hyper.process_out", hyper.condition, hyper.process)
+
+
+def _relatives_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of the parts in docs/concepts/relatives.md."""
+    if moe.computation_free is not None and (constants := moe.computation_free.constant_experts) > 0:
+        yield f"{prefix}.computation_free.mix", (constants, 2, d)
+        yield f"{prefix}.computation_free.vector", (constants, d)
+    if moe.router_state is not None and moe.router_state.type == "recurrent":
+        yield f"{prefix}.memory.project.weight", (state_width(moe), d)
+    if (f := moe.shared_expert_ffn_hidden_size) is not None:
+        yield f"{prefix}.shared_expert.fc1", (2 * f, d)
+        yield f"{prefix}.shared_expert.fc2", (d, f)
 
 
 def _hypernetwork_shapes(hyper: HyperConfig, num_layers: int, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from moetrain.config.relatives import relatives_used
 from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
 from moetrain.config.schema import ModelConfig as OurConfig
 from moetrain.config.schema import MoEConfig, RunConfig
@@ -22,6 +23,8 @@ AUTO_MAP = {
 
 def hf_config(model: OurConfig) -> MoetrainConfig:
     """The exported model's configuration, without tokenizer ids and dtype."""
+    if used := relatives_used(model):
+        raise ConversionError(f"the exported modelling code has nothing for {', '.join(used)}; such a model stays here")
     experts = _moe_settings(model.moe) if model.moe is not None else {}
     return MoetrainConfig(
         vocab_size=model.vocab_size,

@@ -15,12 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.hyper import HyperNetwork
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.router_state import RouterGRU
 from moetrain.runtime import megatron_cpu
 from moetrain.runtime.groups import ParallelGroups
 
@@ -30,19 +32,23 @@ def build_chunks(
 ) -> list[Decoder]:
     """This rank's pipeline chunks, uninitialised (see `initialize`), on `device`.
 
-    The hypernetwork is registered in the first chunk of every rank and shared by all layers of all its chunks.
+    The hypernetwork, and the cell of a recurrent router, are registered in the first chunk of every rank and shared by
+    all layers of all its chunks.
     """
     config = transformer_config(model, parallel, dtype)
     hypernetwork = None
     if model.moe is not None and model.moe.hyper is not None:
         hypernetwork = HyperNetwork(model.moe.hyper, model.num_layers, model.hidden_size, dtype)
+    router_gru = None
+    if model.moe is not None and model.moe.router_state is not None and model.moe.router_state.type == "recurrent":
+        router_gru = RouterGRU(state_width(model.moe), dtype)
     layout, stage = groups.layout, groups.coordinates.pipeline
     chunks = []
     for chunk in range(layout.virtual_pipeline):
         layers = layout.layers_of(model.num_layers, stage, chunk)
         decoder = Decoder(
             config,
-            _block_spec(model, layers, groups, hypernetwork),  # pyright: ignore[reportArgumentType]
+            _block_spec(model, layers, groups, hypernetwork, router_gru),  # pyright: ignore[reportArgumentType]
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=layers.start == 0,
@@ -53,10 +59,13 @@ def build_chunks(
             rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
+        decoder.carry(state_width(model.moe), token_ids=model.moe is not None and model.moe.token_mask is not None)
         assert global_layers(decoder) == list(layers)
         chunks.append(decoder)
     if hypernetwork is not None:
         chunks[0].add_module("hypernetwork", hypernetwork)
+    if router_gru is not None:
+        chunks[0].add_module("router_gru", router_gru)
     megatron_cpu.install()  # modules that Megatron imported while it was building
     return [chunk.to(device) for chunk in chunks]
 
@@ -111,11 +120,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 
 
 def _block_spec(
-    model: ModelConfig, layers: range, groups: ParallelGroups, hypernetwork: HyperNetwork | None
+    model: ModelConfig,
+    layers: range,
+    groups: ParallelGroups,
+    hypernetwork: HyperNetwork | None,
+    router_gru: RouterGRU | None,
 ) -> TransformerBlockSubmodules:
     dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert, model.moe.dispatch) if model.moe else None
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, i, groups, hypernetwork, dispatcher) for i in layers],
+        layer_specs=[_layer_spec(model, i, groups, hypernetwork, dispatcher, router_gru) for i in layers],
         layer_norm=ParallelRMSNorm,  # pyright: ignore[reportArgumentType]
     )
 
@@ -126,6 +139,7 @@ def _layer_spec(
     groups: ParallelGroups,
     hypernetwork: HyperNetwork | None,
     dispatcher: TokenDispatcher | None,
+    router_gru: RouterGRU | None,
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
         assert model.moe is not None
@@ -136,6 +150,8 @@ def _layer_spec(
             "hypernetwork": hypernetwork,
             "layer": layer,
             "dispatcher": dispatcher,
+            "model": model,
+            "router_gru": router_gru,
         }
         mlp = ModuleSpec(module=MoELayer, params=params)
         layer_class: type = MoETransformerLayer

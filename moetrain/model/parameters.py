@@ -11,6 +11,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
+from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
 from moetrain.moe.routing import Router
@@ -18,6 +19,9 @@ from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_SHARED_BY_LAYERS = ("hypernetwork.", "router_gru.")
+# Replicated parameters that see this tensor rank's tokens only, whether sequence parallelism is on or not.
+_OF_MOE_BLOCK = (".mlp.router.", ".mlp.hyper.", ".mlp.memory.", ".mlp.shared_expert.", ".mlp.computation_free.")
 
 
 def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -89,7 +93,7 @@ def _describe(
     else:
         global_shape, blocks = _tensor_split(name, shape, split_dim, at.tensor, layout.tensor)
     tied = "no"
-    if layout.pipeline > 1 and name.startswith("hypernetwork."):
+    if layout.pipeline > 1 and name.startswith(_SHARED_BY_LAYERS):
         tied = "pipeline"
     elif layout.pipeline > 1 and tied_embedding:
         tied = "embedding"
@@ -123,7 +127,7 @@ def _tensor_split(
 
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
     """Whether each tensor rank sees only its own tokens' gradient of this replicated parameter."""
-    in_moe_block = ".mlp.router." in name or ".mlp.hyper." in name or name.startswith("hypernetwork.")
+    in_moe_block = any(part in name for part in _OF_MOE_BLOCK) or name.startswith(_SHARED_BY_LAYERS)
     return in_moe_block or sequence_parallel
 
 
@@ -176,7 +180,10 @@ def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
         ("*.linear_proj.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.linear_fc2.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.experts.fc2", "normal", std / math.sqrt(2 * model.num_layers)),
+        ("*.shared_expert.fc2", "normal", std / math.sqrt(2 * model.num_layers)),
     ]
+    if model.moe is not None and (width := state_width(model.moe)) > 0:
+        table.append(("router_gru.*", "uniform", width**-0.5))  # PyTorch's GRU
     if hyper is not None:
         d, h, r = model.hidden_size, hyper.hidden, hyper.bottleneck
         table += [

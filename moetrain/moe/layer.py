@@ -14,23 +14,32 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moetrain.config.schema import MoEConfig
+from moetrain.config.relatives import capacities, gate_width
+from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.moe.capacity import within_capacity
+from moetrain.moe.computation_free import ComputationFreeExperts
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.hyper import HyperExperts, HyperNetwork
 from moetrain.moe.losses import load_balance_loss, router_z_loss
+from moetrain.moe.router_state import RouterGRU, RouterMemory
 from moetrain.moe.routing import RoutingContext, RoutingDecision, build_router
+from moetrain.moe.shared_expert import SharedExpert
 from moetrain.moe.telemetry import RouterTelemetry
+from moetrain.moe.token_mask import hidden_experts, without_hidden
 from moetrain.runtime.groups import ParallelGroups
 
 
 class MoELayer(nn.Module):
-    """y = sum_{e in S(x)} g_e Expert_e(x)  [+ hyper-expert(x)].
+    """y = sum_{e in S(x)} g_e Expert_e(x)  [+ hyper-expert(x)] [+ shared expert(x)].
 
     Tokens are always split over the tensor ranks here: by sequence parallelism where it is on, else by the layer
     itself, which scatters its input and gathers its output. So no token is routed twice, and the gradients of the
     router and the hyper-expert are partial sums over the tensor ranks in both cases (`sum_over_tensor` parameters).
     """
+
+    capacity_N: Tensor | None
+    hidden_VE: Tensor | None
 
     def __init__(
         self,
@@ -40,6 +49,8 @@ class MoELayer(nn.Module):
         hypernetwork: HyperNetwork | None,
         layer: int,
         dispatcher: TokenDispatcher,
+        model: ModelConfig,
+        router_gru: RouterGRU | None = None,
     ) -> None:
         """`layer` is the 0-based global number; `config` is Megatron's, which the module spec passes."""
         super().__init__()
@@ -48,21 +59,50 @@ class MoELayer(nn.Module):
         self.moe, self.groups, self.layer, self.dispatcher = moe, groups, layer, dispatcher
         self.sequence_parallel = config.sequence_parallel
         self.recompute = config.recompute_granularity == "full"
-        self.router = build_router(moe, config.hidden_size, dtype, layer)
+        self.router = build_router(moe, gate_width(moe, config.hidden_size), dtype, layer)
         self.experts = GroupedExperts(
             moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
         )
         self.hyper = HyperExperts(moe.hyper, moe.num_experts, moe.selectable, layer, dtype) if moe.hyper else None
         # In a tuple, because the hypernetwork belongs to the model and must not be registered once per layer.
         self._hypernetwork = (hypernetwork,)
-        self.telemetry = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics)
+        self.telemetry = RouterTelemetry(moe.num_choices, moe.max_top_k, moe.router.num_statistics)
+        self._add_relatives(model, dtype)
+        self._router_gru = (router_gru,)
 
-    def forward(self, x_SBD: Tensor, importance_SB: Tensor | None) -> Tensor:
-        """[S, B, D] -> [S, B, D].
+    def _add_relatives(self, model: ModelConfig, dtype: torch.dtype) -> None:
+        """The parts of docs/concepts/relatives.md; each is None where the settings do not name it."""
+        moe, hidden_size = self.moe, model.hidden_size
+        self.computation_free = self.memory = self.shared_expert = None
+        if moe.computation_free is not None:
+            self.computation_free = ComputationFreeExperts(moe.computation_free, moe.num_experts, hidden_size, dtype)
+        if moe.router_state is not None:
+            self.memory = RouterMemory(moe, hidden_size, dtype)
+        if moe.shared_expert_ffn_hidden_size is not None:
+            self.shared_expert = SharedExpert(hidden_size, moe.shared_expert_ffn_hidden_size, dtype)
+        limits = capacities(moe, model.seq_length)
+        capacity_N = None if limits is None else torch.tensor(limits)
+        self.register_buffer("capacity_N", capacity_N, persistent=False)
+        self._largest_capacity = max(limits) if limits is not None else 0
+        mask = moe.token_mask
+        hidden_VE = None if mask is None else hidden_experts(mask, model.vocab_size, moe.num_experts, self.layer)
+        self.register_buffer("hidden_VE", hidden_VE, persistent=False)
+
+    def forward(
+        self,
+        x_SBD: Tensor,
+        importance_SB: Tensor | None,
+        *,
+        token_ids_SB: Tensor | None = None,
+        state_SBP: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, D] -> [S, B, D], and the router's next state where it has one.
 
         Args:
             x_SBD: normalised hidden states; this rank's part of the sequence under sequence parallelism, else all.
             importance_SB: fp32 importance of every token of the whole sequence, or None for routers without it.
+            token_ids_SB: vocabulary ids of the whole sequence, where the settings have a token mask.
+            state_SBP: the router's state from the MoE layer before, in the layout of `x_SBD`.
 
         Communication: the dispatch's gather of counts and all-to-alls over the expert ranks; the balance loss's
         all-reduce and, without sequence parallelism, a gather over the tensor ranks.
@@ -70,19 +110,27 @@ class MoELayer(nn.Module):
         scatter = self.groups.tensor.size() > 1 and not self.sequence_parallel
         if scatter:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
+            state_SBP = None if state_SBP is None else scatter_to_sequence_parallel_region(state_SBP)
         x_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
-        decision = self.router(x_TD, self._context(x_SBD.shape, importance_SB))
-        dispatch = self.dispatcher.start(x_TD, decision.expert_ids_TK)
+        context = self._context(x_SBD.shape, importance_SB, token_ids_SB)
+        decision, state_TP = self._route(x_TD, context, state_SBP)
+        choices_TK = self._within_capacity(decision, context)
+        dispatch = self.dispatcher.start(x_TD, self._travelers(choices_TK), self._rows_per_expert(context))
         # Work of the tokens' home rank, while their rows travel.
         hyper_TD = self._hyper_expert(x_TD, decision)
+        at_home_TD = self._at_home(x_TD, choices_TK, decision.weights_TK)
         losses = self._losses(decision, x_SBD.shape[:2]) if self.training else None
         experts_TD = self.dispatcher.finish(dispatch, decision.weights_TK, self.experts)
+        if at_home_TD is not None:
+            experts_TD = (experts_TD.float() + at_home_TD).to(x_TD.dtype)
         output_TD = experts_TD if hyper_TD is None else experts_TD + hyper_TD
         if losses is not None:
             balance, z_loss = losses
             if self._is_first_pass():
+                rows_E = dispatch.plan.tokens_per_expert_E
+                all_traveled = self.capacity_N is None and self.computation_free is None
                 self.telemetry.add(
-                    dispatch.plan.tokens_per_expert_E,
+                    rows_E if all_traveled else self._count(decision.expert_ids_TK),
                     decision.num_selected_T,
                     decision.statistics,
                     balance,
@@ -90,35 +138,96 @@ class MoELayer(nn.Module):
                     experts_TD,
                     hyper_TD,
                     sequences=x_SBD.shape[1],
+                    dropped=0 if self.capacity_N is None else (decision.expert_ids_TK != choices_TK).sum(),
                 )
             auxiliary = self.moe.aux_loss_coeff * balance + self.moe.z_loss_coeff * z_loss
             if decision.loss is not None:
                 auxiliary = auxiliary + decision.loss
             output_TD = MoEAuxLossAutoScaler.apply(output_TD, auxiliary)
         output_SBD = output_TD.view(x_SBD.shape)
+        next_SBP = None if state_TP is None else state_TP.to(x_TD.dtype).view(*x_SBD.shape[:2], -1)
         if scatter:
             output_SBD = gather_from_sequence_parallel_region(output_SBD, tensor_parallel_output_grad=False)
-        return output_SBD
+            if next_SBP is not None:
+                next_SBP = gather_from_sequence_parallel_region(next_SBP, tensor_parallel_output_grad=False)
+        return output_SBD, next_SBP
+
+    def _route(
+        self, x_TD: Tensor, context: RoutingContext, state_SBP: Tensor | None
+    ) -> tuple[RoutingDecision, Tensor | None]:
+        """The router's decision, and its next state."""
+        gate_TG = x_TD
+        if self.memory is not None:
+            (gru,) = self._router_gru
+            before_TP = x_TD.new_zeros(1, self.memory.width).expand(x_TD.shape[0], -1)
+            if state_SBP is not None:
+                before_TP = state_SBP.reshape(x_TD.shape[0], -1)
+            gate_TG = self.memory.gate_input(x_TD, before_TP, gru)
+        decision = self.router(gate_TG, context)
+        if context.hidden_TE is not None:
+            decision = without_hidden(decision, context.hidden_TE)
+        state_TP = None
+        if self.memory is not None:
+            state_TP = gate_TG if self.memory.recurrent else decision.logits_TE
+        if self.computation_free is not None:
+            decision = self.computation_free.weigh(decision)
+        return decision, state_TP
+
+    def _within_capacity(self, decision: RoutingDecision, context: RoutingContext) -> Tensor:
+        """The router's choices without those that an expert has no place for."""
+        if self.capacity_N is None:
+            return decision.expert_ids_TK
+        return within_capacity(decision.expert_ids_TK, self.capacity_N, context.sequences, self.groups.tensor)
+
+    def _rows_per_expert(self, context: RoutingContext) -> int | None:
+        """Size of the padded buffer that goes to an expert; None without padding. A rank holds no more tokens of a
+        sequence than its own part."""
+        if self.moe.capacity is None or not self.moe.capacity.pad:
+            return None
+        return context.sequences * min(self._largest_capacity, context.local_length)
+
+    def _travelers(self, choices_TK: Tensor) -> Tensor:
+        return choices_TK if self.computation_free is None else self.computation_free.travelers(choices_TK)
+
+    def _at_home(self, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """What the token's own rank adds to the experts' output."""
+        parts = []
+        if self.computation_free is not None:
+            parts.append(self.computation_free(x_TD, choices_TK, weights_TK))
+        if self.shared_expert is not None:
+            parts.append(self.shared_expert(x_TD))
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    def _count(self, choices_TK: Tensor) -> Tensor:
+        """How often each choice was made, before any is dropped."""
+        return torch.bincount(choices_TK.flatten() + 1, minlength=self.moe.num_choices + 1)[1:]
 
     def _hyper_expert(self, x_TD: Tensor, decision: RoutingDecision) -> Tensor | None:
         if self.hyper is None:
             return None
         (network,) = self._hypernetwork
         assert network is not None
-        return self.hyper(x_TD, decision.expert_ids_TK, network)
+        return self.hyper(x_TD, self._travelers(decision.expert_ids_TK), network)
 
-    def _context(self, shape_SBD: torch.Size, importance_SB: Tensor | None) -> RoutingContext:
+    def _context(
+        self, shape_SBD: torch.Size, importance_SB: Tensor | None, token_ids_SB: Tensor | None
+    ) -> RoutingContext:
         """Of this rank's part of the sequences."""
         local_length, sequences, _ = shape_SBD
         start = self.groups.coordinates.tensor * local_length
         if importance_SB is not None:
             importance_SB = importance_SB[start : start + local_length].reshape(-1)
+        hidden_TE = None
+        if self.hidden_VE is not None:
+            assert token_ids_SB is not None
+            hidden_TE = self.hidden_VE[token_ids_SB[start : start + local_length].reshape(-1)]
         return RoutingContext(
             local_length=local_length,
             sequences=sequences,
             length=local_length * self.groups.tensor.size(),
             start=start,
             importance_T=importance_SB,
+            hidden_TE=hidden_TE,
         )
 
     def _losses(self, decision: RoutingDecision, shape_SB: torch.Size) -> tuple[Tensor, Tensor]:
@@ -126,7 +235,7 @@ class MoELayer(nn.Module):
         probs_SBE = decision.probs_TE.view(*shape_SB, -1)
         # Unused slots (-1) count into an extra column that is cut off.
         ids_TK = decision.expert_ids_TK
-        num_experts = self.moe.num_experts
+        num_experts = self.moe.num_choices
         selected_TE = torch.zeros(ids_TK.shape[0], num_experts + 1, device=ids_TK.device)
         selected_TE.scatter_(1, torch.where(ids_TK < 0, num_experts, ids_TK), 1.0)
         selected_SBE = selected_TE[:, :num_experts].view(*shape_SB, -1)

@@ -27,6 +27,7 @@ class RoutingContext:
         length: positions of a whole sequence, over all the tensor ranks that share it.
         start: position in the sequence of this rank's first token.
         importance_T: fp32, the statistic that the router's settings asked for as `attention_measure`; else None.
+        hidden_TE: bool, experts that a token may not see (`moe.token_mask`); None: it may see all.
     """
 
     local_length: int
@@ -34,6 +35,7 @@ class RoutingContext:
     length: int
     start: int
     importance_T: Tensor | None
+    hidden_TE: Tensor | None = None
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token in its sequence, int64 [T]."""
@@ -81,10 +83,11 @@ class Router(nn.Module, ABC):
     """
 
     def __init__(self, moe: MoEConfig, hidden_size: int, dtype: torch.dtype, layer: int) -> None:
-        """`layer` is the 0-based global number. Parameters are filled by `moetrain.model.parameters.initialize`."""
+        """`layer` is the 0-based global number, `hidden_size` that of what the gate sees. Parameters are filled by
+        `moetrain.model.parameters.initialize`."""
         super().__init__()
-        self.num_experts, self.max_k, self.layer = moe.num_experts, moe.max_top_k, layer
-        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=dtype))
+        self.num_experts, self.max_k, self.layer = moe.num_choices, moe.max_top_k, layer
+        self.weight = nn.Parameter(torch.empty(moe.num_choices, hidden_size, dtype=dtype))
         self._controllers: list[str] = []
 
     @abstractmethod
@@ -105,9 +108,13 @@ class Router(nn.Module, ABC):
         for name in self._controllers:
             yield name, self.get_buffer(name)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs."""
-        return x_TD.float() @ self.weight.float().t()
+    def logits(self, x_TD: Tensor, context: RoutingContext | None = None) -> Tensor:
+        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs;
+        minus infinity for the experts that the context hides from a token."""
+        logits_TE = x_TD.float() @ self.weight.float().t()
+        if context is None or context.hidden_TE is None:
+            return logits_TE
+        return logits_TE.masked_fill(context.hidden_TE, -torch.inf)
 
 
 def take_best(order_TE: Tensor, values_TE: Tensor, num_selected_T: Tensor, max_k: int) -> tuple[Tensor, Tensor]:

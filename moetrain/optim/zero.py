@@ -177,7 +177,7 @@ class ZeroOptimizer:
         )
         if self.stage == 2:
             optimizer.moetrain_shared = frozenset(
-                id(info.parameter) for info in parameters if info.name.startswith("hypernetwork.")
+                id(info.parameter) for info in parameters if info.name.startswith(("hypernetwork.", "router_gru."))
             )
         return optimizer
 

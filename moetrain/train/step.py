@@ -73,7 +73,7 @@ class TrainStep:
         self._moe_layers = {m.layer: m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer)}
         self._all_moe_layers = [i for i in range(config.model.num_layers) if config.model.is_moe_layer(i)]
         moe = config.model.moe
-        self._codec = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics) if moe else None
+        self._codec = RouterTelemetry(moe.num_choices, moe.max_top_k, moe.router.num_statistics) if moe else None
         self._has_hyper = moe is not None and moe.hyper is not None
         self._reported = moe.router.reported if moe else ()
 

@@ -7,10 +7,10 @@ import torch
 from parity import SINGLE, layout_of, tiny_config
 from pydantic import ValidationError
 
-from moetrain.config.schema import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE
+from moetrain.config.schema import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE, RunConfig
 from moetrain.moe.layer import MoELayer
 from moetrain.ops import CAUSAL_MEASURES, NONCAUSAL_MEASURES
-from moetrain.runtime.groups import create_groups
+from moetrain.runtime.groups import ParallelGroups, create_groups
 from moetrain.testing import run_distributed
 from moetrain.train.setup import build_step
 
@@ -21,8 +21,20 @@ LENGTH, CHANGED = 48, 29
 def observe(changes: dict) -> list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
     """(logits [s, V], expert ids and weights of every MoE layer [s, K]) for a sequence and for the same sequence with
     every token from CHANGED on replaced."""
-    config = tiny_config(SINGLE, **changes)
-    step = build_step(config, create_groups(layout_of(config), seed=1), torch.device("cpu"))
+    return observe_all([changes])[0]
+
+
+def observe_all(variants: list[dict]) -> list[list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]]:
+    """`observe` for each of several models, on one set of groups."""
+    configs = [tiny_config(SINGLE, **{"model__seq_length": LENGTH, **changes}) for changes in variants]
+    groups = create_groups(layout_of(configs[0]), seed=1)
+    return [_observe(config, groups) for config in configs]
+
+
+def _observe(
+    config: RunConfig, groups: ParallelGroups
+) -> list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
+    step = build_step(config, groups, torch.device("cpu"))
     (decoder,) = step.chunks
     decoder.eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -45,8 +57,11 @@ def observe(changes: dict) -> list[tuple[torch.Tensor, list[torch.Tensor], list[
 
 
 def check(changes: dict) -> None:
-    changes = {"model__seq_length": LENGTH, **changes}
-    (logits, ids, weights), (other_logits, other_ids, other_weights) = run_distributed(observe, 1, changes)[0]
+    check_past(run_distributed(observe, 1, changes)[0])
+
+
+def check_past(seen: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]) -> None:
+    (logits, ids, weights), (other_logits, other_ids, other_weights) = seen
     assert torch.equal(logits[:CHANGED], other_logits[:CHANGED])
     assert not torch.equal(logits[CHANGED:], other_logits[CHANGED:])
     assert len(ids) == 3

@@ -39,7 +39,7 @@ class DAMoERouter(Router):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         assert context.importance_T is not None
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probs_TE = logits_TE.softmax(dim=-1)
         num_selected_T = self.count(context.importance_T)
         ids_TK, weights_TK = take_best(probs_TE, probs_TE, num_selected_T, self.max_k)

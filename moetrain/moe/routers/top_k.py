@@ -19,7 +19,7 @@ class TopKRouter(Router):
         self.renormalize = moe.router.gates == "renormalized"
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probs_TE = logits_TE.softmax(dim=-1)
         num_selected_T = torch.full((x_TD.shape[0],), self.max_k, dtype=torch.int64, device=x_TD.device)
         ids_TK, weights_TK = take_best(probs_TE, probs_TE, num_selected_T, self.max_k)

@@ -275,8 +275,12 @@ def test_the_registry_knows_exactly_the_settings_that_a_full_config_has(tree: di
 
     tree["data"]["valid"] = [{"path": "v"}]
     tree["model"]["moe"]["hyper"] = {}
+    tree["model"]["moe"] |= {"computation_free": {"zero_experts": 1}, "capacity": {"factor": 1.0}}
     by_top_k = walk(config_from_dict(tree, "test"), "")
     tree["model"]["moe"]["router"] = {"type": "da_moe"}
+    del tree["model"]["moe"]["computation_free"]
+    mask = {"frequent_ids": 1, "frequent_experts": 2}
+    tree["model"]["moe"] |= {"token_mask": mask, "router_state": {"type": "recurrent"}}
     by_da_moe = walk(config_from_dict(tree, "test"), "")
     assert set(setting_paths()) == by_top_k | by_da_moe
 
