@@ -111,6 +111,16 @@ class RouterStateConfig(Section):
         return self
 
 
+class CartesianConfig(Section):
+    """Two mixtures in a row, so that a token's experts are pairs (CartesianMoE, arXiv 2410.16077)."""
+
+    residual: Literal["stream", "inner"] = Field(
+        default="stream",
+        description="what is added to the second mixture's output: the layer's residual stream alone, or the first "
+        "mixture's output as well",
+    )
+
+
 def capacities(moe: MoEConfig, seq_length: int) -> list[int] | None:
     """The most tokens of a sequence that each choice takes; None without `moe.capacity`."""
     if moe.capacity is None:
@@ -163,16 +173,50 @@ def relatives_problems(moe: MoEConfig) -> Iterator[str]:
             )
         if moe.computation_free is not None:
             yield "token_mask says nothing about the choices of computation_free; remove one of the two"
+    if moe.cartesian is not None and moe.hyper is not None:
+        yield "hyper makes an expert of what a token did not select; in a cartesian layer it selects twice; remove one"
     if moe.capacity is not None and moe.capacity.pad and moe.dispatch.max_rows is not None:
         yield (
             f"capacity.pad sends buffers of one fixed size, which dispatch.max_rows ({moe.dispatch.max_rows}) would "
             "cut; remove one of the two"
         )
 
+    yield from _width_problems(moe)
+
+
+def _width_problems(moe: MoEConfig) -> Iterator[str]:
+    widths = moe.expert_widths
+    if widths is None:
+        return
+    if len(widths) != moe.num_experts:
+        yield f"expert_widths has {len(widths)} entries; num_experts is {moe.num_experts}"
+    elif sum(widths) != moe.num_experts * moe.ffn_hidden_size:
+        yield (
+            f"expert_widths sums to {sum(widths)}; it must keep the size of num_experts experts of ffn_hidden_size: "
+            f"{moe.num_experts} x {moe.ffn_hidden_size} = {moe.num_experts * moe.ffn_hidden_size}"
+        )
+    if moe.dispatch.max_rows is not None:
+        yield (
+            f"dispatch.max_rows ({moe.dispatch.max_rows}) cuts the rows of experts of one width; remove it, or "
+            "expert_widths"
+        )
+
+
+def ranks_of_equal_size(widths: list[int]) -> list[int]:
+    """The numbers of expert ranks that would all hold the same number of hidden units."""
+    experts = len(widths)
+
+    def is_even(ranks: int) -> bool:
+        local = experts // ranks
+        return len({sum(widths[rank * local : (rank + 1) * local]) for rank in range(ranks)}) == 1
+
+    return [ranks for ranks in range(1, experts + 1) if experts % ranks == 0 and is_even(ranks)]
+
 
 def relatives_used(model: ModelConfig) -> list[str]:
     """The settings of this file that change what the model computes, by path."""
     if model.moe is None:
         return []
-    names = ("computation_free", "capacity", "token_mask", "router_state", "shared_expert_ffn_hidden_size")
+    names = ("computation_free", "capacity", "token_mask", "router_state", "expert_widths")
+    names += ("shared_expert_ffn_hidden_size", "cartesian")
     return [f"model.moe.{name}" for name in names if getattr(model.moe, name) is not None]

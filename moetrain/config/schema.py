@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moetrain.config.relatives import (
     CapacityConfig,
+    CartesianConfig,
     ComputationFreeConfig,
     RouterStateConfig,
     TokenMaskConfig,
@@ -91,6 +92,15 @@ class MoEConfig(Section):
     )
     router_state: RouterStateConfig | None = Field(
         default=None, description="what a router knows of the MoE layer before; absent: nothing"
+    )
+    expert_widths: list[PositiveInt] | None = Field(
+        default=None,
+        description="hidden units of each expert, where they differ (MoDSE, arXiv 2409.12210: pairs that sum to twice "
+        "ffn_hidden_size); on average ffn_hidden_size, also on every expert rank; absent: all alike",
+    )
+    cartesian: CartesianConfig | None = Field(
+        default=None,
+        description="two mixtures in a row in each MoE layer, each with `num_experts` experts; absent: one",
     )
     shared_expert_ffn_hidden_size: PositiveInt | None = Field(
         default=None, description="hidden units of an expert that every token gets with weight 1; absent: none"
@@ -172,6 +182,15 @@ class ModelConfig(Section):
             return False
         freq = self.moe.layer_freq
         return bool(freq[layer]) if isinstance(freq, list) else (layer + 1) % freq == 0
+
+    @property
+    def router_numbers(self) -> list[int]:
+        """A number for each router, under which its counts are reported: that of its layer, and where a layer has two,
+        twice as much and one more."""
+        layers = [i for i in range(self.num_layers) if self.is_moe_layer(i)]
+        if self.moe is None or self.moe.cartesian is None:
+            return layers
+        return [number for i in layers for number in (2 * i, 2 * i + 1)]
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> ModelConfig:

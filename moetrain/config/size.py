@@ -55,7 +55,12 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield f"{layer}.self_attention.linear_proj.weight", (d, model.num_attention_heads * hd)
         yield f"{layer}.pre_mlp_layernorm.weight", (d,)
         if model.moe is not None and model.is_moe_layer(i):
-            yield from _moe_shapes(f"{layer}.mlp", model.moe, d)
+            if model.moe.cartesian is None:
+                yield from _moe_shapes(f"{layer}.mlp", model.moe, d)
+            else:
+                yield from _moe_shapes(f"{layer}.mlp.first", model.moe, d)
+                yield from _moe_shapes(f"{layer}.mlp.second", model.moe, d)
+                yield f"{layer}.mlp.layernorm.weight", (d,)
         else:
             yield f"{layer}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, d)
             yield f"{layer}.mlp.linear_fc2.weight", (d, model.ffn_hidden_size)
@@ -93,7 +98,8 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
             forward += dense_mlp
             continue
         k = moe.expected_mean_k if mean_k is None else mean_k
-        forward += k * 6 * d * moe.ffn_hidden_size + _beside_experts(moe, d)
+        mixtures = 1 if moe.cartesian is None else 2
+        forward += mixtures * (k * 6 * d * moe.ffn_hidden_size + _beside_experts(moe, d))
         if moe.hyper is not None:
             forward += 4 * d * moe.hyper.bottleneck
     return 3.0 * forward
@@ -114,8 +120,12 @@ def _beside_experts(moe: MoEConfig, d: int) -> float:
 def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     e, f = moe.num_experts, moe.ffn_hidden_size
     yield f"{prefix}.router.weight", (moe.num_choices, gate_width(moe, d))
-    yield f"{prefix}.experts.fc1", (e, 2 * f, d)
-    yield f"{prefix}.experts.fc2", (e, d, f)
+    if moe.expert_widths is None:
+        yield f"{prefix}.experts.fc1", (e, 2 * f, d)
+        yield f"{prefix}.experts.fc2", (e, d, f)
+    else:
+        yield f"{prefix}.experts.fc1", (2 * e * f, d)
+        yield f"{prefix}.experts.fc2", (e * f, d)
     yield from _relatives_shapes(prefix, moe, d)
     if moe.hyper is not None:
         hyper = moe.hyper

@@ -19,6 +19,7 @@ from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
+from moetrain.moe.cartesian import CartesianMoE
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.hyper import HyperNetwork
 from moetrain.moe.layer import MoELayer
@@ -153,7 +154,7 @@ def _layer_spec(
             "model": model,
             "router_gru": router_gru,
         }
-        mlp = ModuleSpec(module=MoELayer, params=params)
+        mlp = ModuleSpec(module=MoELayer if model.moe.cartesian is None else CartesianMoE, params=params)
         layer_class: type = MoETransformerLayer
     else:
         measure = None

@@ -21,7 +21,7 @@ from moetrain.runtime.parameters import Block, ParameterInfo
 _EMBEDDING = "embedding.word_embeddings.weight"
 _SHARED_BY_LAYERS = ("hypernetwork.", "router_gru.")
 # Replicated parameters that see this tensor rank's tokens only, whether sequence parallelism is on or not.
-_OF_MOE_BLOCK = (".mlp.router.", ".mlp.hyper.", ".mlp.memory.", ".mlp.shared_expert.", ".mlp.computation_free.")
+_OF_MOE_BLOCK = (".router.", ".hyper.", ".memory.", ".shared_expert.", ".computation_free.")
 
 
 def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -84,7 +84,7 @@ def _describe(
 ) -> ParameterInfo:
     at, layout = groups.coordinates, groups.layout
     shape = tuple(parameter.shape)
-    expert = ".mlp.experts." in name
+    expert = ".experts." in name
     if expert:
         global_shape = (shape[0] * layout.expert, *shape[1:])
         blocks = (Block(shape[0], (at.expert * shape[0], *(0 for _ in shape[1:]))),)
@@ -136,10 +136,11 @@ def initialize(chunks: Sequence[Decoder], infos: Sequence[ParameterInfo], model:
     """Fill every parameter as a pure function of (seed, global name, global index).
 
     So any layout starts from the same weights, tied copies start equal, and no seed checkpoint is needed. Experts are
-    drawn one by one; other tensors are drawn whole on every rank and sliced, which costs one tensor's memory at a time.
+    drawn one by one; other tensors (also the one that holds experts of different widths) are drawn whole on every rank
+    and sliced, which costs one tensor's memory at a time.
     """
     for info in infos:
-        if info.expert:
+        if info.expert and info.parameter.dim() == 3:
             first = info.blocks[0].offset[0]
             for i in range(info.parameter.shape[0]):
                 info.parameter[i].copy_(

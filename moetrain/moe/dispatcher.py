@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.config.schema import DispatchConfig
+from moetrain.moe.diverse_experts import DiverseExperts
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.round_trips import RoundTrips, Route, arrival_plan, by_rounds
 from moetrain.moe.rounds import Rounds, plan_rounds
@@ -116,7 +117,7 @@ class TokenDispatcher:
             return Dispatch(x_TD, plan, rounds, start_all_to_all(rows_RD, *splits, self.group))
         return Dispatch(x_TD, plan, rounds, PendingRows.arrived(all_to_all(rows_RD, *splits, self.group)))
 
-    def finish(self, dispatch: Dispatch, weights_TK: Tensor, experts: GroupedExperts) -> Tensor:
+    def finish(self, dispatch: Dispatch, weights_TK: Tensor, experts: GroupedExperts | DiverseExperts) -> Tensor:
         """Weighted sum of each token's expert outputs, [T, D].
 
         Communication: with W > 1 one all-to-all of rows, and for each further round two; in the backward as many, with
@@ -124,6 +125,7 @@ class TokenDispatcher:
         """
         plan, rounds, first = dispatch.plan, dispatch.rounds, dispatch.first
         if len(rounds) > 1:
+            assert isinstance(experts, GroupedExperts)  # the settings see to it
             route = self._route(plan, rounds)
             return RoundTrips.apply(dispatch.x_TD, weights_TK, experts.fc1, experts.fc2, route, first)
         if first is None:

@@ -19,6 +19,7 @@ from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.moe.capacity import within_capacity
 from moetrain.moe.computation_free import ComputationFreeExperts
 from moetrain.moe.dispatcher import TokenDispatcher
+from moetrain.moe.diverse_experts import DiverseExperts
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.hyper import HyperExperts, HyperNetwork
 from moetrain.moe.losses import load_balance_loss, router_z_loss
@@ -51,18 +52,24 @@ class MoELayer(nn.Module):
         dispatcher: TokenDispatcher,
         model: ModelConfig,
         router_gru: RouterGRU | None = None,
+        sublayer: int = 0,
     ) -> None:
-        """`layer` is the 0-based global number; `config` is Megatron's, which the module spec passes."""
+        """`layer` is the 0-based global number; `config` is Megatron's, which the module spec passes. `sublayer` tells
+        the two mixtures of a cartesian layer apart."""
         super().__init__()
+        self.number = layer if moe.cartesian is None else 2 * layer + sublayer
         assert (hypernetwork is None) == (moe.hyper is None)
         dtype = config.params_dtype
         self.moe, self.groups, self.layer, self.dispatcher = moe, groups, layer, dispatcher
         self.sequence_parallel = config.sequence_parallel
         self.recompute = config.recompute_granularity == "full"
         self.router = build_router(moe, gate_width(moe, config.hidden_size), dtype, layer)
-        self.experts = GroupedExperts(
-            moe.num_experts // groups.layout.expert, config.hidden_size, moe.ffn_hidden_size, dtype
-        )
+        local_experts = moe.num_experts // groups.layout.expert
+        if moe.expert_widths is None:
+            self.experts = GroupedExperts(local_experts, config.hidden_size, moe.ffn_hidden_size, dtype)
+        else:
+            first = groups.coordinates.expert * local_experts
+            self.experts = DiverseExperts(moe.expert_widths[first : first + local_experts], config.hidden_size, dtype)
         self.hyper = HyperExperts(moe.hyper, moe.num_experts, moe.selectable, layer, dtype) if moe.hyper else None
         # In a tuple, because the hypernetwork belongs to the model and must not be registered once per layer.
         self._hypernetwork = (hypernetwork,)
@@ -83,9 +90,9 @@ class MoELayer(nn.Module):
         limits = capacities(moe, model.seq_length)
         capacity_N = None if limits is None else torch.tensor(limits)
         self.register_buffer("capacity_N", capacity_N, persistent=False)
-        self._largest_capacity = max(limits) if limits is not None else 0
+        self._largest_capacity = max(limits[: moe.num_experts]) if limits is not None else 0
         mask = moe.token_mask
-        hidden_VE = None if mask is None else hidden_experts(mask, model.vocab_size, moe.num_experts, self.layer)
+        hidden_VE = None if mask is None else hidden_experts(mask, model.vocab_size, moe.num_experts, self.number)
         self.register_buffer("hidden_VE", hidden_VE, persistent=False)
 
     def forward(

@@ -27,6 +27,13 @@ VARIANTS: dict[str, dict] = {
     "token mask": {"token_mask": MASK},
     "recurrent": {"router_state": {"type": "recurrent", "width": 6}},
     "gating residual": {"computation_free": FREE, "router_state": {"type": "gating_residual"}},
+    "diverse sizes": {"expert_widths": [40, 8, 24, 24]},
+    "cartesian": {
+        "cartesian": {"residual": "inner"},
+        "hyper": None,
+        "router_state": {"type": "recurrent", "width": 6},
+        "shared_expert_ffn_hidden_size": 10,
+    },
     "shared expert": {"router": TOP_2, "shared_expert_ffn_hidden_size": 10},
 }
 
@@ -53,7 +60,7 @@ def trajectories(layout: Layout, recompute: str = "none") -> dict[str, Trajector
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [("ep2", "none"), ("tp2", "full"), ("tp2+sp x pp2 x ep2", "none"), ("tp2+sp x pp2 interleaved x ep2", "full")],
+    [("ep2", "none"), ("tp2", "none"), ("pp2 interleaved", "none"), ("tp2+sp x pp2 x ep2", "full")],
 )
 def test_a_layout_gives_the_trajectory_of_one_process(layout: str, recompute: str, variant: str) -> None:
     reference = trajectories(SINGLE)[variant]
@@ -62,9 +69,15 @@ def test_a_layout_gives_the_trajectory_of_one_process(layout: str, recompute: st
     assert max(differences(run, reference)) <= BOUND
 
 
+def test_zero_2_waits_for_all_layers_gradients_of_the_recurrent_routers_cell() -> None:
+    layout = BY_NAME["pp2 interleaved"]
+    run = run_distributed(train_all, layout.world, [tiny_config(layout, 2, **config_changes("recurrent"))])[0][0]
+    assert max(differences(run, trajectories(SINGLE)["recurrent"])) <= BOUND
+
+
 def test_padded_exchange_gives_the_losses_of_the_plain_one_to_the_bit() -> None:
-    for layout in ("ep2", "tp2+sp x pp2 x ep2"):
-        runs = trajectories(BY_NAME[layout])
+    for layout, recompute in (("ep2", "none"), ("tp2+sp x pp2 x ep2", "full")):
+        runs = trajectories(BY_NAME[layout], recompute)
         assert runs["capacity, padded"].losses[0] == runs["capacity"].losses[0]
         assert max(differences(runs["capacity, padded"], runs["capacity"])) <= BOUND
 
@@ -76,5 +89,5 @@ def test_the_variants_differ_from_one_another() -> None:
 
 def test_later_tokens_change_no_bit_of_earlier_ones() -> None:
     changes = [config_changes(variant) for variant in VARIANTS]
-    for seen in run_distributed(observe_all, 1, changes)[0]:
-        check_past(seen)
+    for variant, seen in zip(VARIANTS, run_distributed(observe_all, 1, changes)[0], strict=True):
+        check_past(seen, routers=6 if "cartesian" in variant else 3)

@@ -14,6 +14,7 @@ from parity import SINGLE, layout_of, tiny_config
 
 from moetrain.config.size import parameter_shapes
 from moetrain.model.parameters import named_parameters
+from moetrain.moe.cartesian import CartesianMoE
 from moetrain.moe.layer import MoELayer
 from moetrain.runtime.groups import create_groups
 from moetrain.testing import run_distributed
@@ -46,6 +47,13 @@ VARIANTS: dict[str, dict] = {
     "gating residual over all choices": {
         "router_state": {"type": "gating_residual"},
         "computation_free": {"constant_experts": 2},
+    },
+    "diverse sizes": {"expert_widths": [40, 8, 24, 24]},
+    "cartesian": {"cartesian": {}, "shared_expert_ffn_hidden_size": 10},
+    "cartesian, inner, masked, recurrent": {
+        "cartesian": {"residual": "inner"},
+        "token_mask": {"frequent_ids": 20, "frequent_experts": 3},
+        "router_state": {"type": "recurrent", "width": 6},
     },
     "shared expert": {"shared_expert_ffn_hidden_size": 10},
 }
@@ -85,7 +93,8 @@ def observe(variant: str, groups: Any) -> Observed:
         for name, parameter in names.items():  # routers that tell tokens apart
             if ".router." in name or ".memory." in name or name.startswith("router_gru"):
                 parameter.mul_(4.0)
-    layers = [m for m in decoder.modules() if isinstance(m, MoELayer) and m.layer in LAYERS]
+    mixtures = [m for m in decoder.modules() if isinstance(m, MoELayer) and m.layer in LAYERS]
+    layers = [m for m in decoder.modules() if isinstance(m, CartesianMoE) and m.first.layer in LAYERS] or mixtures
     generator = torch.Generator().manual_seed(7)
     inputs = [torch.randn(S, B, D, generator=generator) for _ in layers]
     weights = [torch.randn(S, B, D, generator=generator) for _ in layers]
@@ -95,13 +104,13 @@ def observe(variant: str, groups: Any) -> Observed:
         output, state = layer(x, None, token_ids_SB=tokens, state_SBP=state)
         outputs.append(output)
     torch.autograd.backward(outputs, weights)
-    counts = [layer.telemetry.decode(layer.telemetry.take(torch.device("cpu")), 1, False) for layer in layers]
+    counts = [layer.telemetry.decode(layer.telemetry.take(torch.device("cpu")), 1, False) for layer in mixtures]
     used = {name: p for name, p in names.items() if p.grad is not None}
     return Observed(
         parameters={name: p.detach().double().numpy() for name, p in used.items()},
         gradients={name: p.grad.double().numpy() for name, p in used.items() if p.grad is not None},
         shapes={name: tuple(p.shape) for name, p in names.items()},
-        hidden=[None if m.hidden_VE is None else m.hidden_VE.numpy() for m in layers],
+        hidden=[None if m.hidden_VE is None else m.hidden_VE.numpy() for m in mixtures],
         inputs=[x.double().numpy() for x in inputs],
         weights_of_loss=[w.double().numpy() for w in weights],
         tokens=tokens.numpy(),
@@ -146,6 +155,14 @@ def computation_free_output(p: dict, at: str, free: dict, number: int, x: np.nda
     return a1 * x + a2 * p[f"{at}.computation_free.vector"][j]
 
 
+def expert_weights(p: dict, at: str, moe: dict, expert: int) -> tuple[np.ndarray, np.ndarray]:
+    fc1, fc2 = p[f"{at}.experts.fc1"], p[f"{at}.experts.fc2"]
+    if "expert_widths" not in moe:
+        return fc1[expert], fc2[expert]
+    first, stop = sum(moe["expert_widths"][:expert]), sum(moe["expert_widths"][: expert + 1])
+    return fc1[2 * first : 2 * stop], fc2[first:stop].T
+
+
 def capacity_of(moe: dict, k: int, choice: int, free_total: int) -> float:
     if "capacity" not in moe:
         return math.inf
@@ -156,62 +173,98 @@ def capacity_of(moe: dict, k: int, choice: int, free_total: int) -> float:
     return math.ceil(moe["capacity"]["factor"] * S * k * share - 1e-9)
 
 
-def two_layers(variant: str, seen: Observed, p: dict[str, np.ndarray]) -> tuple[list, float, list, list]:
-    """Outputs, the loss that was differentiated, and the counts of choices and of dropped ones."""
-    moe = VARIANTS[variant]
+@dataclass
+class Mixture:
+    """One mixture on one batch: its output and the balance loss, with the counts of choices and of dropped ones."""
+
+    output: np.ndarray
+    balance: float
+    counts: list[int]
+    dropped: int
+
+
+def mixture(
+    moe: dict, p: dict, at: str, x: np.ndarray, tokens: np.ndarray, hidden: np.ndarray | None, state: np.ndarray
+) -> Mixture:
+    """Overwrites `state` by the next one."""
     free = moe.get("computation_free", {})
     free_total = sum(free.get(f"{kind}_experts", 0) for kind in ("zero", "copy", "constant"))
     n, k = E + free_total, moe.get("router", {"top_k": 2})["top_k"]
-    memory = moe.get("router_state", {}).get("type")
-    width = {"recurrent": 6, "gating_residual": n, None: 0}[memory]
-    state = np.zeros((S, B, width))
-    outputs, loss, all_counts, all_dropped = [], 0.0, [], []
-    for number, layer in enumerate(LAYERS):
-        at, x, hidden = f"decoder.layers.{layer}.mlp", seen.inputs[number], seen.hidden[number]
-        y, counts, dropped = np.zeros_like(x), np.zeros(n, dtype=int), 0
-        for b in range(B):
-            taken, mean_probs, chosen = np.zeros(n, dtype=int), np.zeros(n), np.zeros(n)
-            for s in range(S):
-                token = x[s, b]
-                router = p[f"{at}.router.weight"]
-                if memory == "recurrent":
-                    state[s, b] = gru(p, p[f"{at}.memory.project.weight"] @ token, state[s, b])
-                    logits = router @ state[s, b]
-                elif memory == "gating_residual":
-                    logits = router[:, :D] @ token + router[:, D:] @ state[s, b]
-                    state[s, b] = logits
+    memory, router = moe.get("router_state", {}).get("type"), p[f"{at}.router.weight"]
+    y, counts, dropped, balance = np.zeros_like(x), np.zeros(n, dtype=int), 0, 0.0
+    for b in range(B):
+        taken, mean_probs, chosen = np.zeros(n, dtype=int), np.zeros(n), np.zeros(n)
+        for s in range(S):
+            token = x[s, b]
+            if memory == "recurrent":
+                state[s, b] = gru(p, p[f"{at}.memory.project.weight"] @ token, state[s, b])
+                logits = router @ state[s, b]
+            elif memory == "gating_residual":
+                logits = router[:, :D] @ token + router[:, D:] @ state[s, b]
+                state[s, b] = logits
+            else:
+                logits = router @ token
+            if hidden is not None:
+                logits = np.where(hidden[tokens[s, b]], -np.inf, logits)
+            probs = softmax(logits)
+            choices = [c for c in np.argsort(-probs)[:k] if probs[c] > 0]
+            gates = gates_of(choices, probs, free)
+            for c in choices:
+                chosen[c] += 1
+                taken[c] += 1
+                if taken[c] > capacity_of(moe, k, c, free_total):
+                    dropped += 1
+                elif c < E:
+                    y[s, b] += gates[c] * swiglu(*expert_weights(p, at, moe, c), token)
                 else:
-                    logits = router @ token
-                if hidden is not None:
-                    logits = np.where(hidden[seen.tokens[s, b]], -np.inf, logits)
-                probs = softmax(logits)
-                choices = [c for c in np.argsort(-probs)[:k] if probs[c] > 0]
-                gates = {c: probs[c] for c in choices}
-                if free.get("gates") == "nonzero":
-                    gates = {c: 0.0 if c >= E else g for c, g in gates.items()}
-                    total = sum(gates.values())
-                    gates = {c: g / total if total else 0.0 for c, g in gates.items()}
-                for c in choices:
-                    chosen[c] += 1
-                    taken[c] += 1
-                    if taken[c] > capacity_of(moe, k, c, free_total):
-                        dropped += 1
-                    elif c < E:
-                        y[s, b] += gates[c] * swiglu(p[f"{at}.experts.fc1"][c], p[f"{at}.experts.fc2"][c], token)
-                    else:
-                        y[s, b] += gates[c] * computation_free_output(p, at, free, c - E, token)
-                if "shared_expert_ffn_hidden_size" in moe:
-                    y[s, b] += swiglu(p[f"{at}.shared_expert.fc1"], p[f"{at}.shared_expert.fc2"], token)
-                mean_probs += probs / S
-            counts += chosen.astype(int)
-            share = seen_share(chosen, free.get("pooled_balance", False))
-            eta = np.where(np.arange(n) < E, 1.0, free.get("balance_weight", 1.0))
-            loss += BALANCE * n * float((eta * share * mean_probs).sum()) / B
+                    y[s, b] += gates[c] * computation_free_output(p, at, free, c - E, token)
+            if "shared_expert_ffn_hidden_size" in moe:
+                y[s, b] += swiglu(p[f"{at}.shared_expert.fc1"], p[f"{at}.shared_expert.fc2"], token)
+            mean_probs += probs / S
+        counts += chosen.astype(int)
+        share = seen_share(chosen, free.get("pooled_balance", False))
+        eta = np.where(np.arange(n) < E, 1.0, free.get("balance_weight", 1.0))
+        balance += n * float((eta * share * mean_probs).sum()) / B
+    return Mixture(y, balance, counts.tolist(), dropped)
+
+
+def two_layers(variant: str, seen: Observed, p: dict[str, np.ndarray]) -> tuple[list, float, list, list]:
+    """Outputs, the loss that was differentiated, and the counts of choices and of dropped ones."""
+    moe = VARIANTS[variant]
+    choices = E + sum(v for name, v in moe.get("computation_free", {}).items() if name.endswith("_experts"))
+    width = {"recurrent": 6, "gating_residual": choices, None: 0}[moe.get("router_state", {}).get("type")]
+    state = np.zeros((S, B, width))
+    hidden = iter(seen.hidden)
+    outputs, loss, mixtures = [], 0.0, []
+    for layer, x, weight in zip(LAYERS, seen.inputs, seen.weights_of_loss, strict=True):
+        at = f"decoder.layers.{layer}.mlp"
+        if "cartesian" in moe:
+            first = mixture(moe, p, f"{at}.first", x, seen.tokens, next(hidden), state)
+            normed = rms_norm(x + first.output, p[f"{at}.layernorm.weight"])
+            second = mixture(moe, p, f"{at}.second", normed, seen.tokens, next(hidden), state)
+            inner = moe["cartesian"].get("residual") == "inner"
+            y = first.output + second.output if inner else second.output
+            mixtures += [first, second]
+        else:
+            mixtures.append(mixture(moe, p, at, x, seen.tokens, next(hidden), state))
+            y = mixtures[-1].output
         outputs.append(y)
-        loss += float((seen.weights_of_loss[number] * y).sum())
-        all_counts.append(counts.tolist())
-        all_dropped.append(dropped)
-    return outputs, loss, all_counts, all_dropped
+        loss += float((weight * y).sum())
+    loss += BALANCE * sum(m.balance for m in mixtures)
+    return outputs, loss, [m.counts for m in mixtures], [m.dropped for m in mixtures]
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * weight
+
+
+def gates_of(choices: list[int], probs: np.ndarray, free: dict) -> dict[int, float]:
+    gates = {c: probs[c] for c in choices}
+    if free.get("gates") != "nonzero":
+        return gates
+    gates = {c: 0.0 if c >= E else g for c, g in gates.items()}  # the variant has zero experts only
+    total = sum(gates.values())
+    return {c: g / total if total else 0.0 for c, g in gates.items()}
 
 
 def seen_share(chosen: np.ndarray, pooled: bool) -> np.ndarray:

@@ -280,7 +280,7 @@ def test_the_registry_knows_exactly_the_settings_that_a_full_config_has(tree: di
     tree["model"]["moe"]["router"] = {"type": "da_moe"}
     del tree["model"]["moe"]["computation_free"]
     mask = {"frequent_ids": 1, "frequent_experts": 2}
-    tree["model"]["moe"] |= {"token_mask": mask, "router_state": {"type": "recurrent"}}
+    tree["model"]["moe"] |= {"token_mask": mask, "router_state": {"type": "recurrent"}, "cartesian": {}, "hyper": None}
     by_da_moe = walk(config_from_dict(tree, "test"), "")
     assert set(setting_paths()) == by_top_k | by_da_moe
 

@@ -42,6 +42,13 @@ def model(tree: dict[str, Any], **moe: Any) -> ModelConfig:
             {"router_state": {"type": "gating_residual", "width": 8}},
             "width (8) means nothing with type gating_residual",
         ),
+        ({"cartesian": {}, "hyper": {}}, "in a cartesian layer it selects twice"),
+        ({"expert_widths": [48] * 7}, "expert_widths has 7 entries; num_experts is 8"),
+        ({"expert_widths": [48] * 7 + [40]}, "expert_widths sums to 376; it must keep the size"),
+        (
+            {"expert_widths": [48] * 8, "dispatch": {"max_rows": 8}},
+            "max_rows (8) cuts the rows of experts",
+        ),
         ({"router": {"type": "top_k", "top_k": 11}, "computation_free": {"zero_experts": 2}}, "top_k (11) must not"),
     ],
 )
@@ -97,6 +104,7 @@ def test_without_computation_free_choices_capacity_is_that_of_switch(tree: dict[
 def test_flops_are_six_per_active_matrix_weight_whatever_stands_beside_the_experts(tree: dict[str, Any]) -> None:
     for settings in (
         {"shared_expert_ffn_hidden_size": 24},
+        {"expert_widths": [80, 16] * 4},
         {"router_state": {"type": "gating_residual"}},
         {"computation_free": {"zero_experts": 3, "copy_experts": 1}},
     ):
@@ -109,3 +117,11 @@ def test_a_recurrent_router_multiplies_its_own_and_the_shared_weights_in_each_mo
     plain, more = model(tree), model(tree, router_state={"type": "recurrent", "width": 16})
     gate = 2 * 16 * 8 - 2 * 64 * 8
     assert flops_per_token(more) - flops_per_token(plain) == 3 * 2 * (gate + 2 * 64 * 16 + 2 * 2 * 16 * 48)
+
+
+def test_expert_ranks_that_would_differ_in_size_are_refused_and_the_legal_ones_told(tree: dict[str, Any]) -> None:
+    tree["model"]["moe"]["expert_widths"] = [80, 16, 64, 32, 48, 48, 48, 48]
+    for ranks in (1, 2, 4):
+        config_from_dict({**tree, "parallel": {"expert": ranks}}, "test")
+    with pytest.raises(ConfigError, match=r"parallel.expert \(8\) must give every rank .*; legal: 1, 2, 4"):
+        config_from_dict({**tree, "parallel": {"expert": 8}}, "test")

@@ -15,6 +15,8 @@ UNKNOWN = {
     "capacity": {"factor": 1.0},
     "token_mask": {"frequent_ids": 10, "frequent_experts": 2},
     "router_state": {"type": "gating_residual"},
+    "expert_widths": [9, 8, 10, 9, 9],
+    "cartesian": {},
     "shared_expert_ffn_hidden_size": 4,
 }
 
