@@ -12,7 +12,7 @@ from rich.table import Table
 from moetrain.cli.arguments import Words, split_words
 from moetrain.config.layout import ParallelLayout, check_layout, smallest_world
 from moetrain.config.loader import dump_yaml, fingerprint, json_schema, load_config
-from moetrain.config.relatives import capacities
+from moetrain.config.relatives import capacities, relatives_used
 from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.moe.memory import dispatch_bound
@@ -60,7 +60,7 @@ def _summary(config: RunConfig, layout: ParallelLayout | None) -> list[tuple[str
     return [
         ("run", f"{config.run.name} in {config.run.dir}  (fingerprint {fingerprint(config)[:12]})"),
         ("model", _model_line(config.model)),
-        ("experts", _moe_line(config.model.moe)),
+        ("experts", _moe_line(config.model)),
         *([("dispatch", _dispatch_line(config, config.model.moe))] if config.model.moe else []),
         ("parameters", _parameters_line(config.model)),
         ("training", _training_line(config)),
@@ -108,12 +108,15 @@ def _model_line(model: ModelConfig) -> str:
     )
 
 
-def _moe_line(moe: MoEConfig | None) -> str:
+def _moe_line(model: ModelConfig) -> str:
+    moe = model.moe
     if moe is None:
         return "none: every layer is dense"
     choice = moe.router.describe(moe.num_choices)
     hyper = f"; hypernetwork expert of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
-    return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
+    more = [name.removeprefix("model.moe.") for name in relatives_used(model)]
+    beside = f"; {', '.join(more)}" if more else ""
+    return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}{beside}"
 
 
 def _dispatch_line(config: RunConfig, moe: MoEConfig) -> str:
