@@ -12,6 +12,7 @@ BOUND = 1e-5
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 TOP_2 = {"type": "top_k", "top_k": 2}
 FREE = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}
+HYPER = {"bottleneck": 4, "hidden": 8, "expert_embedding": 6, "process": 10, "condition": 8, "layer_embedding": 4}
 MASK = {"frequent_ids": 20, "frequent_experts": 3, "rare_experts": 1}
 
 # The tiny model routes by DA-MoE and has a hyper-expert, unless a variant says otherwise.
@@ -35,6 +36,20 @@ VARIANTS: dict[str, dict] = {
         "shared_expert_ffn_hidden_size": 10,
     },
     "shared expert": {"router": TOP_2, "shared_expert_ffn_hidden_size": 10},
+    "thresholds over all choices, balanced over the batch": {
+        "router": {"type": "bias_threshold", "mean_k": 2.5, "bias_rate": 0.01},
+        "computation_free": {**FREE, "balance_weight": 0.5},
+        "aux_loss": "global_batch",
+        "hyper": {**HYPER, "aggregation": "prob", "coefficient": "selected_probability"},
+    },
+    "sigmoid scores of groups, masked": {
+        "router": {**TOP_2, "scores": "sigmoid", "gates": "renormalized", "groups": 2, "top_groups": 1},
+        "token_mask": MASK,
+    },
+    "a learned importance of the router's state": {
+        "router": {"type": "da_moe", "importance": "predicted", "mean_k": 2.0},
+        "router_state": {"type": "gating_residual"},
+    },
 }
 
 
