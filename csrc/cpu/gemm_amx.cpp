@@ -11,6 +11,7 @@ namespace {
 // A panel and the sums of a region should leave room for each other in a 2 MB L2.
 constexpr int64_t kPanelBytes = 1 << 20;
 constexpr int64_t kMaxPanel = 512, kMinPanel = 128;
+constexpr int64_t kStepsOfLatency = 64;  // tile products between asking for a line of memory and having it
 constexpr int64_t kRegion = 512;  // outer of the strips of a region whose sums wait between parts of k
 
 // How one product is walked: the strip operand in pieces of 32 outer, the panel operand `panel` outer at a time, k in
@@ -36,10 +37,10 @@ constexpr int64_t kManyRows = 512;
 template <class Out>
 Plan plan_for(const Product<Out>& g) {
   if (!g.a.reduction_contiguous) return {true, kMaxPanel, g.k > kStripDepth ? kRegion : INT64_MAX, kStripDepth};
-  const bool strip_is_a = g.m >= kManyRows;
+  const bool strip_is_a = g.m >= kManyRows || g.m >= g.n;
   const int64_t fits = kPanelBytes / 2 / (g.k > 0 ? g.k : 1) / kBlock * kBlock;
   if (fits < kMinPanel) return {strip_is_a, kMaxPanel, g.k > kStripDepth ? kRegion : INT64_MAX, kStripDepth};
-  return {strip_is_a, fits < kMaxPanel || strip_is_a ? fits : kMaxPanel, INT64_MAX, g.k};
+  return {strip_is_a, smaller(fits, strip_is_a ? 2 * kMaxPanel : kMaxPanel), INT64_MAX, g.k};
 }
 
 template <class Out>
@@ -155,25 +156,31 @@ void run(const Product<Out>& g, const Plan& plan, const Task& task, bool stream,
   const Source& panels = plan.strip_is_a ? g.b : g.a;
   const int64_t blocks = blocks_of(task.panels), last = task.strip + task.strips, width = strips_width(strips);
   const bool waits = plan.depth < g.k;  // the sums of all strips of the region wait for the next part of k
+  const bool in_turns = g.k <= kStripDepth;
   const int64_t held = waits ? blocks_of(task.strips) : width / kBlock;
   bf16* const strip_buffer = buffers.strip.at_least<bf16>(kStripElements);
   bf16* const panel_buffer = buffers.panel.at_least<bf16>(blocks * kBlock * tiles_of(plan.depth) * kTileDepth);
-  float* const sums = buffers.sums.at_least<float>((held * blocks > kTurns ? held * blocks : kTurns) * kBlockFloats);
+  float* const sums = buffers.sums.at_least<float>((in_turns ? kTurns : held * blocks) * kBlockFloats);
   for (int64_t k = 0; k < g.k; k += plan.depth) {
     const int64_t depth = smaller(plan.depth, g.k - k);
     pack<kPanel>(panels, task.panel, task.panels, k, depth, panel_buffer);
     const Panel panel = {panel_buffer, blocks, tiles_of(depth)};
-    const auto strips_at = [&](int64_t s) { return Strips{strips, s, smaller(width, last - s), k, depth}; };
+    const auto strips_at = [&](int64_t s) {
+      if (s < last || k + depth >= g.k) return Strips{strips, s, smaller(width, last - s), k, depth};
+      return Strips{strips, task.strip, smaller(width, task.strips), k + depth, smaller(plan.depth, g.k - k - depth)};
+    };
+    // Memory answers after so many steps; what a small panel asks of one strip takes less.
+    const int64_t ahead = width * (1 + kStepsOfLatency / (width / kBlock * blocks * tiles_of(depth)));
     float* c = sums;
     for (int64_t s = task.strip; s < last; s += width) {
-      if (g.k <= kStripDepth) {
-        multiply_strips<kStrip, Sums::kInTurns>(strips_at(s), strips_at(s + width), panel, 0, false, strip_buffer, c,
-                                                Finish<Out>{g, plan.strip_is_a, task, stream});
+      const Strips now = strips_at(s), next = strips_at(s + ahead);
+      const Finish<Out> finish = {g, plan.strip_is_a, task, stream};
+      if (in_turns) {
+        multiply_strips<kStrip, Sums::kInTurns>(now, next, panel, 0, false, strip_buffer, c, finish);
       } else if (k + depth == g.k) {
-        multiply_strips<kStrip>(strips_at(s), strips_at(s + width), panel, 0, k > 0, strip_buffer, c,
-                                Finish<Out>{g, plan.strip_is_a, task, stream});
+        multiply_strips<kStrip>(now, next, panel, 0, k > 0, strip_buffer, c, finish);
       } else {
-        multiply_strips<kStrip>(strips_at(s), strips_at(s + width), panel, 0, k > 0, strip_buffer, c, NoFinish{});
+        multiply_strips<kStrip>(now, next, panel, 0, k > 0, strip_buffer, c, NoFinish{});
       }
       if (waits) c += width / kBlock * blocks * kBlockFloats;
     }

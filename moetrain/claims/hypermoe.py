@@ -57,10 +57,10 @@ def _hyper(base: RunConfig) -> list[Arm]:
 def _ablations(base: RunConfig) -> list[Arm]:
     r = bottleneck(base)
     changes: list[tuple[str, str, int, dict[str, Any]]] = [
-        ("static-k1", "one plain bottleneck branch a layer, no hypernetwork", 1, {"condition": "static"}),
-        ("selected-k1", "condition: the selected set", 1, {"condition": "selected"}),
-        ("random-k1", "condition: fixed random embeddings", 1, {"condition": "random_fixed"}),
-        ("constant-k1", "condition: a constant", 1, {"condition": "constant"}),
+        ("static-k1", "one plain bottleneck branch a layer, no hypernetwork", 1, {"condition_on": "static"}),
+        ("selected-k1", "condition: the selected set", 1, {"condition_on": "selected"}),
+        ("random-k1", "condition: fixed random embeddings", 1, {"condition_on": "random_fixed"}),
+        ("constant-k1", "condition: a constant", 1, {"condition_on": "constant"}),
         ("no-layer-k1", "no layer embedding", 1, {"layer_embedding": 0}),
         ("per-layer-k1", "a hypernetwork for each layer", 1, {"sharing": "layer"}),
         ("gated-k2", "Ê times the selected probability", 2, {"coefficient": "selected_probability"}),

@@ -72,7 +72,8 @@ def _make(folder: Path, corpus: Sequence[Path], vocab_size: int, show_progress: 
     documents = in_hash_order(_documents(corpus) if corpus else standard_library_documents())
     write_corpus(documents, texts, held_out, _HELD_OUT_FRACTION, show_progress)
     share = _TOKENIZER_SAMPLE_BYTES / max(check_inputs([texts]), 1)
-    train_sentencepiece(sample_texts(read_texts([texts]), share), tokenizer.with_suffix(""), vocab_size)
+    sample = sample_texts(read_texts([texts]), share)
+    train_sentencepiece(sample, tokenizer.with_suffix(""), vocab_size, mask_token=True)  # some arms are encoders
     settings = TokenizerConfig(type="sentencepiece", path=str(tokenizer))
     train, valid = (
         prepare([source], prefix, settings, show_progress=show_progress).tokens

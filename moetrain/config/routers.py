@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moetrain.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from moetrain.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from moetrain.errors import ConfigError
 
 CAUSAL_IMPORTANCE = ("self_weight", "row_max", "row_entropy")
@@ -290,8 +290,8 @@ class DAMoERouterConfig(RouterConfig):
     max_k: PositiveInt | None = Field(
         default=None, description="the most experts that a token may get; default: num_experts"
     )
-    controller_rate: Annotated[Fraction, Field(gt=0.0)] = Field(
-        default=0.3, description="part of a threshold's error that one step corrects (budget: mean_k)"
+    controller_rate: float = Field(
+        default=0.3, gt=0.0, le=1.0, description="part of a threshold's error that one step corrects (budget: mean_k)"
     )
     teacher: Literal["relative", "received"] = Field(
         default="relative",

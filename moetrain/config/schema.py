@@ -72,10 +72,10 @@ class HyperConfig(Section):
         description="of Ê in the sum: 1, or the router's probability of the selected experts together, which sends Ê's "
         "gradient to the router",
     )
-    form: Literal["auto", "grouped", "factorized"] = Field(
+    form: Literal["auto", "grouped", "factorized", "per_token"] = Field(
         default="auto",
         description="how the generated expert is evaluated; auto picks the cheaper one for the number of expert sets "
-        "that can occur",
+        "that can occur; per_token generates weights for every token, as the official code does: for comparison",
     )
     recompute: bool = Field(
         default=False, description="keep none of Ê's activations and compute them again in the backward pass"

@@ -93,7 +93,7 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     HyperMoE is counted in its grouped form in the limit of many tokens per selected set: each token pays for its two
     bottleneck products (4 * d * r); generating the matrices is paid once per distinct set and is left out. That is the
     lower bound; with one set per token, generation would add 2 * (2 * d * r + d + r) * h per token and layer. With
-    `form: factorized` or `aggregation: prob` nothing is shared between tokens, and all of it is counted.
+    `form: factorized`, `form: per_token` or `aggregation: prob` nothing is shared between tokens, and all of it counts.
     """
     d, width = model.hidden_size, model.num_attention_heads * model.head_dim
     qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
@@ -119,7 +119,7 @@ def _hyper_flops(hyper: HyperConfig, num_experts: int, d: int) -> int:
     """Forward, per token and MoE layer."""
     r, h, c = hyper.bottleneck, hyper.hidden, hyper.condition
     flops = 4 * d * r
-    if hyper.form == "factorized" or hyper.aggregation == "prob":
+    if hyper.form in ("factorized", "per_token") or hyper.aggregation == "prob":
         flops += 4 * h * d * r + 4 * h * r + 2 * h * (d + r)  # D_j and U_j, their contraction with e, the two biases
     if hyper.aggregation == "prob":
         t, q = hyper.expert_embedding, hyper.process

@@ -91,16 +91,19 @@ class HyperExperts(nn.Module):
     ) -> Tensor:
         selection, network = self._parts
         hidden_Gh = network.encode(selection(weights_GE), self.layer)
-        evaluate = grouped_form if self._is_grouped(x_TD.shape[0], hidden_Gh.shape[1]) else factorized_form
+        evaluate = FORMS[self._form(x_TD.shape[0], hidden_Gh.shape[1])]
         return scaled(evaluate(x_TD, hidden_Gh, set_of_token_T, network), coefficient_T)
 
-    def _is_grouped(self, tokens: int, hidden: int) -> bool:
+    def _form(self, tokens: int, hidden: int) -> str:
+        if self.form == "per_token":
+            return self.form
         if tokens == 0 or self.aggregation == "prob":  # no set to generate for; a set for every token
-            return False
+            return "factorized"
         # By the sets that can occur, not those that do: else later tokens would choose the form of earlier ones, and
         # with it their last bits.
         sets = min(tokens, self.possible_sets)
-        return self.form == "grouped" or (self.form == "auto" and prefer_grouped(tokens, sets, hidden))
+        grouped = self.form == "grouped" or (self.form == "auto" and prefer_grouped(tokens, sets, hidden))
+        return "grouped" if grouped else "factorized"
 
 
 class StaticExpert(nn.Module):
@@ -200,3 +203,18 @@ def factorized_form(x_TD: Tensor, hidden_Gh: Tensor, set_of_token_T: Tensor, net
     up_DX = network.up.weight.view(d, r * h)
     y_TD = F.linear(ez_Trh, up_DX) + F.linear(z_Tr, network.up.bias.view(d, r))
     return y_TD + F.linear(e_Th, network.up_bias.weight, network.up_bias.bias)
+
+
+def per_token_form(x_TD: Tensor, hidden_Gh: Tensor, set_of_token_T: Tensor, network: HyperNetwork) -> Tensor:
+    """Weights for every token, as the official code makes them: what the other forms are measured against.
+
+    Extra memory: 2 T D r elements, kept for the backward pass.
+    """
+    r, d = network.bottleneck, network.hidden_size
+    e_Th = hidden_Gh[set_of_token_T]
+    down_TrD, up_TDr = set_linear(e_Th, network.down).view(-1, r, d), set_linear(e_Th, network.up).view(-1, d, r)
+    z_Tr = F.relu((down_TrD @ x_TD[:, :, None]).squeeze(-1) + set_linear(e_Th, network.down_bias))
+    return (up_TDr @ z_Tr[:, :, None]).squeeze(-1) + set_linear(e_Th, network.up_bias)
+
+
+FORMS = {"grouped": grouped_form, "factorized": factorized_form, "per_token": per_token_form}

@@ -65,15 +65,18 @@ class QuantileState:
         )
 
     @property
-    def location_B1(self) -> Tensor:
+    def location(self) -> Tensor:
+        """[B, 1]."""
         return self.quartiles_B2.mean(dim=1, keepdim=True)
 
     @property
-    def scale_B1(self) -> Tensor:
+    def scale(self) -> Tensor:
+        """[B, 1], above zero."""
         return (self.quartiles_B2[:, 1:] - self.quartiles_B2[:, :1]).clamp(min=2 * _LEAST_SCALE * _LN3) / (2 * _LN3)
 
-    def thresholds_BM(self) -> Tensor:
-        return self.location_B1 + self.scale_B1 * self.offsets_BM
+    def thresholds(self) -> Tensor:
+        """[B, M]."""
+        return self.location + self.scale * self.offsets_BM
 
     def moved(self, counts: ThresholdCounts, shares: Sequence[float], rate: float) -> QuantileState:
         """One step of stochastic approximation: a threshold that too many numbers exceed rises.
@@ -89,9 +92,9 @@ class QuantileState:
         slope_M = (shares_M * (1 - shares_M)).clamp(min=_LEAST_VARIANCE)
         offsets_BM = self.offsets_BM + rate * (counts.above_BM / numbers_B1 - shares_M) / slope_M
         error_B2 = counts.above_quartiles_B2 / numbers_B1 - torch.tensor([0.75, 0.25], dtype=torch.float64)
-        reach_B1 = self.scale_B1 * _LN3
-        quartiles_B2 = torch.cat([self.location_B1 - reach_B1, self.location_B1 + reach_B1], dim=1)
-        quartiles_B2 = quartiles_B2 + rate * self.scale_B1 * error_B2 / (0.75 * 0.25)
+        reach_B1 = self.scale * _LN3
+        quartiles_B2 = torch.cat([self.location - reach_B1, self.location + reach_B1], dim=1)
+        quartiles_B2 = quartiles_B2 + rate * self.scale * error_B2 / (0.75 * 0.25)
         moved = QuantileState(
             torch.where(seen_B1, quartiles_B2.sort(dim=1).values, self.quartiles_B2),
             torch.where(seen_B1, offsets_BM.sort(dim=1).values, self.offsets_BM),

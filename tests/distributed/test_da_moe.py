@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import LAYOUTS, SINGLE, Layout, differences, layout_of, run_steps, tiny_config, train_all
+from parity import LAYOUTS, SINGLE, Layout, batch_of, differences, layout_of, run_steps, tiny_config, train_all
 
 from moetrain.checkpoint.comm import TorchDistributed
 from moetrain.checkpoint.manager import CheckpointManager
@@ -42,8 +42,9 @@ PAPER = {
 
 
 def config_of(layout: Layout, router: dict, **changes: object) -> RunConfig:
-    # Larger epsilon: at 1e-8 Adam makes whole steps of gradients that are nothing but rounding.
-    changes = {"optimizer__eps": 1e-6, **changes}
+    # Larger epsilon: below it Adam makes whole steps of gradients that are nothing but rounding (2e-5 of the
+    # hypernetwork's smallest head at 1e-6).
+    changes = {"optimizer__eps": 1e-5, **changes}
     return tiny_config(layout, 1, model__moe__router={"type": "da_moe", "mean_k": 2.0, **router}, **changes)
 
 
@@ -99,41 +100,25 @@ def mean_k_of(configs: list[RunConfig], folder: Path, first: int, last: int) -> 
             reader = manager.open()
             assert reader is not None and reader.step == first
             restore(step, reader, record, logging.getLogger("test"))
-        means = []
+        size, rank, means = groups.layout.data, groups.coordinates.data, []
         for at in range(first, last):
-            counts = run_one(step, at)
-            means.append([counts[layer].mean_k for layer in sorted(counts)])
+            outcome = step.run(batch_of(at, config, rank, size), config.optimizer.lr)
+            means.append([outcome.router[layer].mean_k for layer in sorted(outcome.router)])
         pieces = collect_pieces(step)
         manager.save(last, last * 8, pieces, config_to_dict(config), record, {"optimizer_steps": last})
         everything.append(means)
     return everything
 
 
-def run_one(step, number: int):
-    seen = {}
-    whole = step.run
-
-    def watched(microbatches, lr: float):
-        outcome = whole(microbatches, lr)
-        seen.update(outcome.router)
-        return outcome
-
-    step.run = watched
-    try:
-        run_steps(step, range(number, number + 1))
-    finally:
-        step.run = whole
-    return seen
-
-
 def test_mean_k_is_within_one_percent_of_the_budget_in_training_and_after_resuming_elsewhere(tmp_path: Path) -> None:
-    routers = list(ROUTERS.values())
+    names = ("self_weight", "row_entropy low", "row_max debiased", "predicted")
+    routers = [ROUTERS[name] for name in names]
     first, second = SINGLE, BY_NAME["tp2+sp x ep2"]
     before = run_distributed(mean_k_of, 1, [config_of(first, r) for r in routers], tmp_path, 0, LAST)[0]
     after = run_distributed(
         mean_k_of, second.world, [config_of(second, r) for r in routers], tmp_path, LAST, LAST + 50
     )[0]
-    for label, router, steps, resumed in zip(ROUTERS, routers, before, after, strict=True):
+    for label, router, steps, resumed in zip(names, routers, before, after, strict=True):
         for layer in range(3):
             for part in (steps[WARM_UP:], resumed):
                 mean = sum(means[layer] for means in part) / len(part)
@@ -149,18 +134,18 @@ LENGTH, CHANGED = 48, 29
 
 def observe(configs: list[RunConfig], training: bool) -> list[list[tuple[torch.Tensor, torch.Tensor, list]]]:
     """For each config and each of two sequences that differ from CHANGED on: logits, and of every MoE layer the expert
-    ids, the weights and the router's own loss; after ten steps of training."""
+    ids, the weights and the router's own loss; after three steps of training."""
     groups, results = create_groups(layout_of(configs[0]), seed=1), []
     for config in configs:
         step = build_step(config, groups, torch.device("cpu"))
-        run_steps(step, range(10))
+        run_steps(step, range(3))
         (decoder,) = step.chunks
         decoder.train(training)
         seen: list = []
         for module in decoder.modules():
             if isinstance(module, MoELayer):
                 module.router.register_forward_hook(
-                    lambda _, __, d: seen.append((d.expert_ids_TK, d.weights_TK, d.loss))  # noqa: B023
+                    lambda _, __, d, seen=seen: seen.append((d.expert_ids_TK, d.weights_TK, d.loss))
                 )
         generator = torch.Generator().manual_seed(3)
         tokens = torch.randint(0, config.model.vocab_size, (1, LENGTH), generator=generator)
@@ -188,7 +173,7 @@ def test_the_future_changes_no_bit_of_the_past(training: bool) -> None:
         for (ids, weights, loss), (other_ids, other_weights, other_loss) in zip(seen, other_seen, strict=True):
             assert torch.equal(ids[:CHANGED], other_ids[:CHANGED]), label
             assert torch.equal(weights[:CHANGED], other_weights[:CHANGED]), label
-            changed |= not torch.equal((ids >= 0).sum(1)[CHANGED:], (other_ids >= 0).sum(1)[CHANGED:])
+            changed |= not torch.equal(ids[CHANGED:], other_ids[CHANGED:])
             # The teacher knows the future, and is there in training only: the experiment must be able to fail.
             assert (loss is not None) == (training and label.startswith("predicted"))
             if loss is not None:

@@ -60,7 +60,7 @@ def test_routing_is_variable_and_the_norm_is_clipped() -> None:
     """What the parity runs must exercise, or they would prove less than they say."""
     reference = trajectories(SINGLE)[1, False]
     assert min(reference.norms) > 0.5  # optimizer.clip_grad
-    assert len(set(reference.controllers.values())) > 1
+    assert len({str(value) for value in reference.controllers.values()}) > 1
     assert reference.losses[-1] < reference.losses[0]
 
 

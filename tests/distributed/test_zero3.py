@@ -101,11 +101,11 @@ def train(configs: list[RunConfig]) -> list[dict[str, Any]]:
     for config in configs:
         step = build_step(config, groups, torch.device("cpu"))
         held_out = batch_of(100, config, groups.coordinates.data, groups.layout.data)
-        evaluated = [step.evaluate(held_out)]
+        evaluated = [step.evaluate(held_out).loss]
         losses, norms = run_steps(step, range(HALF))
-        evaluated.append(step.evaluate(held_out))
+        evaluated.append(step.evaluate(held_out).loss)
         more_losses, more_norms = run_steps(step, range(HALF, STEPS))
-        evaluated.append(step.evaluate(held_out))
+        evaluated.append(step.evaluate(held_out).loss)
         numbers = {"loss": losses + more_losses, "norm": norms + more_norms, "evaluation": evaluated}
         records.append({**numbers, "state": state_of(step)})
     return records

@@ -158,7 +158,7 @@ class DAMoERouter(Router):
 
     def _controllers_of(self, state: QuantileState) -> dict[str, Tensor]:
         """`threshold` is for people: the importance at the threshold in the middle, at the latest positions."""
-        thresholds_BM = state.thresholds_BM()
+        thresholds_BM = state.thresholds()
         middle = thresholds_BM[-1, thresholds_BM.shape[1] // 2]
         shown = self.to_importance(middle if self.settings.direction == "high" else -middle)
         values = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config.schema import HyperConfig
-from moetrain.moe.hyper import HyperExperts, StaticExpert, distinct_sets, prefer_grouped
+from moetrain.moe.hyper import FORMS, HyperExperts, StaticExpert, distinct_sets, prefer_grouped
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding, fixed_embedding
 
 Arrays = dict[str, np.ndarray]
@@ -27,7 +27,7 @@ VARIANTS: list[dict[str, Any]] = [
         {"condition_on": on, "aggregation": how, "form": form}
         for on in ("unselected", "selected")
         for how in ("sum", "mean")
-        for form in ("grouped", "factorized")
+        for form in ("grouped", "factorized", "per_token")
     ),
     {"condition_on": "unselected", "aggregation": "prob"},
     {"condition_on": "selected", "aggregation": "prob"},
@@ -207,10 +207,11 @@ def test_conditioning_on_the_selected_set_is_a_change_of_weights(aggregation: st
     torch.testing.assert_close(output, unselected(x, ids, probs), rtol=1e-5, atol=1e-5)
 
 
-def test_grouped_and_factorized_are_one_function() -> None:
+def test_the_three_forms_are_one_function() -> None:
     x, probs = inputs()
-    grouped, factorized = (build(config_of(form=form))[0](x, IDS, probs) for form in ("grouped", "factorized"))
-    torch.testing.assert_close(grouped, factorized, rtol=1e-5, atol=1e-5)
+    grouped, *others = (build(config_of(form=form))[0](x, IDS, probs) for form in FORMS)
+    for other in others:
+        torch.testing.assert_close(grouped, other, rtol=1e-5, atol=1e-5)
 
 
 def kept_bytes(config: HyperConfig) -> tuple[int, Tensor, list[Tensor]]:
