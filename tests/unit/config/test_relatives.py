@@ -39,6 +39,22 @@ def model(tree: dict[str, Any], **moe: Any) -> ModelConfig:
             "token_mask says nothing about the choices of computation_free",
         ),
         (
+            {"token_mask": {"frequent_ids": 9, "frequent_experts": 2}, "router": {"type": "expert_bias"}},
+            "router.type (expert_bias) as set does not; legal: top_k, da_moe",
+        ),
+        (
+            {
+                "token_mask": {"frequent_ids": 9, "frequent_experts": 2},
+                "router_state": {"type": "gating_residual"},
+                "router": {"type": "top_k"},
+            },
+            "would hand to the next layer; legal with it: recurrent",
+        ),
+        (
+            {"router": {"type": "expert_bias", "groups": 2}, "computation_free": {"zero_experts": 2}},
+            "router.groups (2) are groups of experts",
+        ),
+        (
             {"router_state": {"type": "gating_residual", "width": 8}},
             "width (8) means nothing with type gating_residual",
         ),
