@@ -80,7 +80,7 @@ def watched(network: MoetrainForCausalLM) -> Iterator[list[list[tuple[Tensor | N
     routers = [module for module in network.modules() if isinstance(module, MoetrainRouter)]
     seen: list[list[tuple[Tensor | None, Tensor, Tensor]]] = [[] for _ in routers]
     hooks = [
-        router.register_forward_hook(lambda _, inputs, out, calls=calls: calls.append((inputs[1], *out)))
+        router.register_forward_hook(lambda _, inputs, out, calls=calls: calls.append((inputs[1], *out[:2])))
         for router, calls in zip(routers, seen, strict=True)
     ]
     yield seen
