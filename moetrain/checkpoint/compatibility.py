@@ -21,6 +21,7 @@ _MODEL_MAY_CHANGE = frozenset(
         "model.moe.dispatch",  # checkpoints from before these settings have none
         "model.moe.dispatch.max_rows",
         "model.moe.dispatch.overlap",
+        "model.moe.capacity.pad",
         "model.moe.router.controller_rate",
         "model.moe.router.predictor_loss_coeff",
         "model.moe.router.bias_rate",
@@ -80,6 +81,8 @@ def _of_a_new_start(current: dict[str, Any]) -> frozenset[str]:
 
 def _differences(saved: Any, current: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, saved, current) of every leaf that differs; a list is a leaf."""
+    if (saved is None or saved is _ABSENT) and (current is None or current is _ABSENT):
+        return  # a part that is switched off, and a version that did not know it
     if not (isinstance(saved, dict) and isinstance(current, dict)):
         if saved != current or isinstance(saved, bool) != isinstance(current, bool):
             yield path, saved, current

@@ -12,6 +12,7 @@ from rich.table import Table
 from moetrain.cli.arguments import Words, split_words
 from moetrain.config.layout import ParallelLayout, check_layout, smallest_world
 from moetrain.config.loader import dump_yaml, fingerprint, json_schema, load_config
+from moetrain.config.relatives import capacities, relatives_used
 from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.moe.memory import dispatch_bound
@@ -59,7 +60,7 @@ def _summary(config: RunConfig, layout: ParallelLayout | None) -> list[tuple[str
     return [
         ("run", f"{config.run.name} in {config.run.dir}  (fingerprint {fingerprint(config)[:12]})"),
         ("model", _model_line(config.model)),
-        ("experts", _moe_line(config.model.moe)),
+        ("experts", _moe_line(config.model)),
         *([("dispatch", _dispatch_line(config, config.model.moe))] if config.model.moe else []),
         ("parameters", _parameters_line(config.model)),
         ("training", _training_line(config)),
@@ -107,31 +108,47 @@ def _model_line(model: ModelConfig) -> str:
     )
 
 
-def _moe_line(moe: MoEConfig | None) -> str:
+def _moe_line(model: ModelConfig) -> str:
+    moe = model.moe
     if moe is None:
         return "none: every layer is dense"
-    choice = moe.router.describe(moe.num_experts)
+    choice = moe.router.describe(moe.num_choices)
     kind = "static branch" if moe.hyper is not None and moe.hyper.condition_on == "static" else "hypernetwork expert"
     hyper = f"; {kind} of {moe.hyper.bottleneck}" if moe.hyper is not None else ""
-    return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}"
+    more = [name.removeprefix("model.moe.") for name in relatives_used(model)]
+    beside = f"; {', '.join(more)}" if more else ""
+    return f"{moe.num_experts} of {moe.ffn_hidden_size}, {choice} per token{hyper}{beside}"
 
 
 def _dispatch_line(config: RunConfig, moe: MoEConfig) -> str:
     par, train = config.parallel, config.training
+    padded_rows = _padded_rows(config, moe)
     bound = dispatch_bound(
         tokens=train.micro_batch_size * config.model.seq_length // par.tensor,
-        max_k=moe.max_top_k,
+        max_k=moe.selectable[-1],
         num_experts_local=moe.num_experts // par.expert,
         hidden=config.model.hidden_size,
-        ffn=moe.ffn_hidden_size,
+        ffn=moe.ffn_hidden_size if padded_rows is not None else max(moe.expert_widths or [moe.ffn_hidden_size]),
         precision=train.precision,
         max_rows=moe.dispatch.max_rows,
         expert_ranks=par.expert,
         overlap=moe.dispatch.overlap,
+        padded_rows=padded_rows,
+        diverse_width=None if moe.expert_widths is None else moe.num_experts // par.expert * moe.ffn_hidden_size,
     )
     kept = "recomputed" if config.model.recompute == "full" else f"{_short(bound.kept)}B kept for the backward"
     rows = f"{moe.dispatch.max_rows} rows at once" if moe.dispatch.max_rows else "any number of rows at once"
     return f"{rows}: at most {_short(bound.total)}B in a layer, whatever the router does; {kept}"
+
+
+def _padded_rows(config: RunConfig, moe: MoEConfig) -> int | None:
+    """Rows that a rank sends to each expert when they are padded to the capacity."""
+    limits = capacities(moe, config.model.seq_length)
+    if moe.capacity is None or limits is None or not moe.capacity.pad:
+        return None
+    return config.training.micro_batch_size * min(
+        max(limits[: moe.num_experts]), config.model.seq_length // config.parallel.tensor
+    )
 
 
 def _short(number: float) -> str:

@@ -75,6 +75,13 @@ class RouterConfig(Section):
         return False
 
     @property
+    def respects_token_mask(self) -> bool:
+        """Whether the router never prefers an expert with a score of minus infinity to another one, and computes
+        nothing but numbers of such scores. It must hand its context to `Router.logits`, which puts the scores of hidden
+        experts there."""
+        return False
+
+    @property
     def reported(self) -> tuple[str, ...]:
         """Names of scalar controllers that are shown in the metrics of each layer."""
         return ()
@@ -137,6 +144,10 @@ class TopKRouterConfig(_BestScoresConfig):
     implementation = "moetrain.moe.routers.top_k:TopKRouter"
 
     type: Literal["top_k"] = "top_k"
+
+    @property
+    def respects_token_mask(self) -> bool:
+        return True
 
 
 class ExpertBiasRouterConfig(_BestScoresConfig):
@@ -375,6 +386,10 @@ class DAMoERouterConfig(RouterConfig):
     def has_thresholds(self) -> bool:
         """Whether the number of experts varies and is held at a mean."""
         return self.budget == "mean_k" and self.min_k < self.mean_k
+
+    @property
+    def respects_token_mask(self) -> bool:
+        return True
 
     @property
     def reported(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moetrain.config.objectives import CausalLMConfig, MaskedLMConfig
+from moetrain.config.relatives import ranks_of_equal_size
 
 if TYPE_CHECKING:
     from moetrain.config.schema import RunConfig
@@ -47,6 +48,13 @@ def _shard_problems(config: RunConfig) -> Iterator[str]:
             f"parallel.expert ({par.expert}) must divide model.moe.num_experts ({model.moe.num_experts}); "
             f"legal: {', '.join(map(str, legal))}"
         )
+    elif model.moe is not None and model.moe.expert_widths is not None:
+        legal = ranks_of_equal_size(model.moe.expert_widths)
+        if par.expert not in legal:
+            yield (
+                f"parallel.expert ({par.expert}) must give every rank experts of the same total width "
+                f"(model.moe.expert_widths, cut in order); legal: {', '.join(map(str, legal))}"
+            )
 
 
 def _combination_problems(config: RunConfig) -> Iterator[str]:

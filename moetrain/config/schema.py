@@ -13,6 +13,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moetrain.config.objectives import CausalLMConfig, ObjectiveConfig
+from moetrain.config.relatives import (
+    CapacityConfig,
+    CartesianConfig,
+    ComputationFreeConfig,
+    RouterStateConfig,
+    TokenMaskConfig,
+    expected_shares,
+    relatives_problems,
+)
 from moetrain.config.routers import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE, AnyRouter, TopKRouterConfig
 from moetrain.config.rules import section_problems
 from moetrain.config.section import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
@@ -127,27 +136,64 @@ class MoEConfig(Section):
     )
     aux_loss_coeff: NonNegativeFloat = Field(default=0.01, description="load-balancing loss")
     z_loss_coeff: NonNegativeFloat = Field(default=0.0, description="router z-loss")
+    computation_free: ComputationFreeConfig | None = Field(
+        default=None, description="choices beside the experts that compute nothing; absent: none"
+    )
+    capacity: CapacityConfig | None = Field(
+        default=None, description="the most tokens of a sequence that an expert takes; absent: no token is dropped"
+    )
+    token_mask: TokenMaskConfig | None = Field(
+        default=None, description="experts that a token may see by its vocabulary id; absent: all"
+    )
+    router_state: RouterStateConfig | None = Field(
+        default=None, description="what a router knows of the MoE layer before; absent: nothing"
+    )
+    expert_widths: list[PositiveInt] | None = Field(
+        default=None,
+        description="hidden units of each expert, where they differ (MoDSE, arXiv 2409.12210: pairs that sum to twice "
+        "ffn_hidden_size); on average ffn_hidden_size, also on every expert rank; absent: all alike",
+    )
+    cartesian: CartesianConfig | None = Field(
+        default=None,
+        description="two mixtures in a row in each MoE layer, each with `num_experts` experts; absent: one",
+    )
+    shared_expert_ffn_hidden_size: PositiveInt | None = Field(
+        default=None, description="hidden units of an expert that every token gets with weight 1; absent: none"
+    )
 
     @model_validator(mode="after")
-    def _router_fits_experts(self) -> MoEConfig:
-        if problems := self.router.problems(self.num_experts):
+    def _parts_fit_together(self) -> MoEConfig:
+        if problems := [*self.router.problems(self.num_choices), *relatives_problems(self)]:
             raise ValueError("\n".join(problems))
         return self
 
     @property
+    def num_choices(self) -> int:
+        """Choices of the gate: the experts, and those of `computation_free`."""
+        return self.num_experts + (self.computation_free.total if self.computation_free is not None else 0)
+
+    @property
     def selectable(self) -> range:
         """The numbers of experts that a token of this model may get."""
-        return self.router.selectable(self.num_experts)
+        choices, free = self.router.selectable(self.num_choices), self.num_choices - self.num_experts
+        return range(max(0, choices[0] - free), min(choices[-1], self.num_experts) + 1)
 
     @property
     def max_top_k(self) -> int:
-        """The most experts that a token of this model can get."""
-        return self.selectable[-1]
+        """The most choices that a token of this model can get."""
+        return self.router.selectable(self.num_choices)[-1]
+
+    @property
+    def expected_choices(self) -> float:
+        """Mean number of choices per token, or its upper bound where only training can tell."""
+        return self.router.expected_mean_k(self.num_choices)
 
     @property
     def expected_mean_k(self) -> float:
-        """Mean number of experts per token, or its upper bound where only training can tell."""
-        return self.router.expected_mean_k(self.num_experts)
+        """Mean number of experts per token, or its upper bound where only training can tell; beside computation-free
+        choices, what balanced routing gives."""
+        share = 1.0 if self.computation_free is None else sum(expected_shares(self)[: self.num_experts])
+        return self.expected_choices * share
 
 
 class HeadConfig(Section):
@@ -206,6 +252,15 @@ class ModelConfig(Section):
             return False
         freq = self.moe.layer_freq
         return bool(freq[layer]) if isinstance(freq, list) else (layer + 1) % freq == 0
+
+    @property
+    def router_numbers(self) -> list[int]:
+        """A number for each router, under which its counts are reported: that of its layer, and where a layer has two,
+        twice as much and one more."""
+        layers = [i for i in range(self.num_layers) if self.is_moe_layer(i)]
+        if self.moe is None or self.moe.cartesian is None:
+            return layers
+        return [number for i in layers for number in (2 * i, 2 * i + 1)]
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> ModelConfig:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moetrain.config.hypernetworks import hypernetworks
+from moetrain.config.relatives import gate_width, state_width
 from moetrain.config.schema import HyperConfig, ModelConfig, MoEConfig
 
 
@@ -31,7 +32,8 @@ class ParameterCount:
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
-    """Weights of the model by kind. `mlp` counts dense MLPs, routers and norms; a tied output layer counts once."""
+    """Weights of the model by kind. `mlp` counts dense MLPs, shared experts, routers with
+    their choices and norms; a tied output layer counts once."""
     parts = {"embedding": 0, "attention": 0, "mlp": 0, "expert": 0, "hyper": 0}
     for name, shape in parameter_shapes(model):
         parts[_part_of(name)] += math.prod(shape)
@@ -54,7 +56,12 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield f"{layer}.self_attention.linear_proj.weight", (d, model.num_attention_heads * hd)
         yield f"{layer}.pre_mlp_layernorm.weight", (d,)
         if model.moe is not None and model.is_moe_layer(i):
-            yield from _moe_shapes(f"{layer}.mlp", model.moe, d)
+            if model.moe.cartesian is None:
+                yield from _moe_shapes(f"{layer}.mlp", model.moe, d)
+            else:
+                yield from _moe_shapes(f"{layer}.mlp.first", model.moe, d)
+                yield from _moe_shapes(f"{layer}.mlp.second", model.moe, d)
+                yield f"{layer}.mlp.layernorm.weight", (d,)
         else:
             yield f"{layer}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, d)
             yield f"{layer}.mlp.linear_fc2.weight", (d, model.ffn_hidden_size)
@@ -65,6 +72,10 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
             yield from _hypernetwork_shapes(name, hyper, len(layers), d)
         if hyper.embeddings == "model":
             yield from _selection_shapes("selection_embedding", hyper, model.moe.num_experts)
+    if model.moe is not None and model.moe.router_state is not None and model.moe.router_state.type == "recurrent":
+        width = state_width(model.moe)
+        yield from _linear("router_gru.input", 3 * width, width)
+        yield from _linear("router_gru.state", 3 * width, width)
     if model.head is not None:
         yield from _linear("head", model.head.outputs, d)
     elif not model.share_embeddings_and_output_weights:
@@ -97,8 +108,8 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
             forward += dense_mlp
             continue
         k = moe.expected_mean_k if mean_k is None else mean_k
-        gate = 2 * (d * moe.num_experts + sum(math.prod(s) for s in moe.router.extra_parameters(d).values()))
-        forward += gate + k * 6 * d * moe.ffn_hidden_size
+        mixtures = 1 if moe.cartesian is None else 2
+        forward += mixtures * (k * 6 * d * moe.ffn_hidden_size + _beside_experts(moe, d))
         if moe.hyper is not None:
             forward += _hyper_flops(moe.hyper, moe.num_experts, d)
     return 3.0 * forward
@@ -116,12 +127,32 @@ def _hyper_flops(hyper: HyperConfig, num_experts: int, d: int) -> int:
     return flops
 
 
+def _beside_experts(moe: MoEConfig, d: int) -> float:
+    """Forward operations per token of the router and of what every token passes besides its experts. A constant expert
+    is computed for all tokens, because its mixture costs less than to sort them out."""
+    gate = gate_width(moe, d)
+    flops = 2.0 * (gate * moe.num_choices + sum(math.prod(s) for s in moe.router.extra_parameters(gate).values()))
+    flops += 6 * d * (moe.shared_expert_ffn_hidden_size or 0)
+    if moe.computation_free is not None:
+        flops += moe.computation_free.constant_experts * (4 * d + 2 * d)
+    if moe.router_state is not None and moe.router_state.type == "recurrent":
+        width = state_width(moe)
+        flops += 2 * d * width + 2 * (2 * width * 3 * width)
+    return flops
+
+
 def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     e, f = moe.num_experts, moe.ffn_hidden_size
-    yield f"{prefix}.router.weight", (e, d)
-    yield from ((f"{prefix}.router.{name}", shape) for name, shape in moe.router.extra_parameters(d).items())
-    yield f"{prefix}.experts.fc1", (e, 2 * f, d)
-    yield f"{prefix}.experts.fc2", (e, d, f)
+    gate = gate_width(moe, d)
+    yield f"{prefix}.router.weight", (moe.num_choices, gate)
+    yield from ((f"{prefix}.router.{name}", shape) for name, shape in moe.router.extra_parameters(gate).items())
+    if moe.expert_widths is None:
+        yield f"{prefix}.experts.fc1", (e, 2 * f, d)
+        yield f"{prefix}.experts.fc2", (e, d, f)
+    else:
+        yield f"{prefix}.experts.fc1", (2 * e * f, d)
+        yield f"{prefix}.experts.fc2", (e * f, d)
+    yield from _relatives_shapes(prefix, moe, d)
     if moe.hyper is None:
         return
     if moe.hyper.condition_on == "static":
@@ -129,6 +160,18 @@ def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tupl
         yield from _linear(f"{prefix}.hyper.up", d, moe.hyper.bottleneck)
     elif moe.hyper.embeddings == "layer":
         yield from _selection_shapes(f"{prefix}.hyper", moe.hyper, e)
+
+
+def _relatives_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of the parts in docs/concepts/relatives.md."""
+    if moe.computation_free is not None and (constants := moe.computation_free.constant_experts) > 0:
+        yield f"{prefix}.computation_free.mix", (constants, 2, d)
+        yield f"{prefix}.computation_free.vector", (constants, d)
+    if moe.router_state is not None and moe.router_state.type == "recurrent":
+        yield f"{prefix}.memory.project.weight", (state_width(moe), d)
+    if (f := moe.shared_expert_ffn_hidden_size) is not None:
+        yield f"{prefix}.shared_expert.fc1", (2 * f, d)
+        yield f"{prefix}.shared_expert.fc2", (d, f)
 
 
 def _selection_shapes(prefix: str, hyper: HyperConfig, num_experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:

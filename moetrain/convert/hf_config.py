@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from moetrain.config.relatives import relatives_used
 from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
 from moetrain.config.schema import ModelConfig as OurConfig
 from moetrain.config.schema import MoEConfig, RunConfig
@@ -35,6 +36,8 @@ AUTO_MAP = {
 
 def refuse_inexpressible(model: OurConfig) -> None:
     """ConversionError for a model that the exported files cannot compute."""
+    if used := relatives_used(model):
+        raise ConversionError(f"the exported modelling code has nothing for {', '.join(used)}; such a model stays here")
     if model.moe is not None and model.moe.hyper is not None and model.moe.hyper.condition_on == "random_fixed":
         raise ConversionError(
             "model.moe.hyper.condition_on is random_fixed: embeddings that are in no checkpoint cannot be exported; "

@@ -201,8 +201,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-TRAINING_ONLY = tuple(f".mlp.router.{name}" for name in ("quartiles", "offsets", "visits", "threshold"))
-"""Controllers from which training makes the thresholds; a finished model has no use for them."""
+TRAINING_ONLY = (
+    *(f".mlp.router.{name}" for name in ("quartiles", "offsets", "visits", "threshold")),
+    ".mlp.losses.load",
+)
+"""Controllers from which training makes the thresholds, and the loads that a balance loss remembers. A finished model
+has no use for them."""
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:

@@ -17,13 +17,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from moetrain.config.hypernetworks import moe_layers
+from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
 from moetrain.model.sequence_head import SequenceModel
+from moetrain.moe.cartesian import CartesianMoE
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.hyper_modules import HyperModules, build_hyper
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.router_state import RouterGRU
 from moetrain.runtime import megatron_cpu
 from moetrain.runtime.groups import ParallelGroups
 
@@ -33,19 +37,21 @@ def build_chunks(
 ) -> list[Decoder]:
     """This rank's pipeline chunks, uninitialised (see `initialize`), on `device`.
 
-    What several layers share of HyperMoE is registered in the first chunk of every rank that has such a layer, and used
-    by the layers of all its chunks.
+    What several layers share, of HyperMoE and of a recurrent router, is registered in the first chunk of every rank
+    that has such a layer, and used by the layers of all its chunks.
     """
     config = transformer_config(model, parallel, dtype)
     layout, stage = groups.layout, groups.coordinates.pipeline
     layers_of_chunks = [layout.layers_of(model.num_layers, stage, chunk) for chunk in range(layout.virtual_pipeline)]
-    hyper = build_hyper(model, {i for layers in layers_of_chunks for i in layers}, dtype)
+    here = {i for layers in layers_of_chunks for i in layers}
+    hyper = build_hyper(model, here, dtype)
+    router_gru = _router_gru(model, here, dtype)
     chunks = []
     for chunk, layers in enumerate(layers_of_chunks):
         kind = Decoder if model.head is None else partial(SequenceModel, head=model.head)
         decoder = kind(
             config,
-            _block_spec(model, layers, groups, hyper),  # pyright: ignore[reportArgumentType]
+            _block_spec(model, layers, groups, hyper, router_gru),  # pyright: ignore[reportArgumentType]
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=layers.start == 0,
@@ -56,12 +62,24 @@ def build_chunks(
             rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
+        decoder.carry(state_width(model.moe), token_ids=model.moe is not None and model.moe.token_mask is not None)
         assert global_layers(decoder) == list(layers)
         chunks.append(decoder)
     for name, module in hyper.shared.items():
         _register(chunks[0], name, module)
+    if router_gru is not None:
+        chunks[0].add_module("router_gru", router_gru)
     megatron_cpu.install()  # modules that Megatron imported while it was building
     return [chunk.to(device) for chunk in chunks]
+
+
+def _router_gru(model: ModelConfig, here: set[int], dtype: torch.dtype) -> RouterGRU | None:
+    """The cell of a recurrent router, on ranks that have a MoE layer."""
+    moe = model.moe
+    if moe is None or moe.router_state is None or moe.router_state.type != "recurrent":
+        return None
+    users = moe_layers(model)
+    return RouterGRU(state_width(moe), users, dtype) if here.intersection(users) else None
 
 
 def _register(chunk: Decoder, name: str, module: nn.Module) -> None:
@@ -122,11 +140,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 
 
 def _block_spec(
-    model: ModelConfig, layers: range, groups: ParallelGroups, hyper: HyperModules
+    model: ModelConfig, layers: range, groups: ParallelGroups, hyper: HyperModules, router_gru: RouterGRU | None
 ) -> TransformerBlockSubmodules:
     dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert, model.moe.dispatch) if model.moe else None
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, i, groups, hyper, dispatcher) for i in layers],
+        layer_specs=[_layer_spec(model, i, groups, hyper, dispatcher, router_gru) for i in layers],
         layer_norm=ParallelRMSNorm,  # pyright: ignore[reportArgumentType]
     )
 
@@ -137,6 +155,7 @@ def _layer_spec(
     groups: ParallelGroups,
     hyper: HyperModules,
     dispatcher: TokenDispatcher | None,
+    router_gru: RouterGRU | None,
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
         assert model.moe is not None
@@ -147,8 +166,10 @@ def _layer_spec(
             "hyper": hyper.of_layer.get(layer),
             "layer": layer,
             "dispatcher": dispatcher,
+            "model": model,
+            "router_gru": router_gru,
         }
-        mlp = ModuleSpec(module=MoELayer, params=params)
+        mlp = ModuleSpec(module=MoELayer if model.moe.cartesian is None else CartesianMoE, params=params)
         layer_class: type = MoETransformerLayer
     else:
         measure = teacher = None

@@ -13,15 +13,20 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 from moetrain.config.layout import ParallelLayout
+from moetrain.config.relatives import state_width
 from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
+from moetrain.moe.router_state import RouterGRU
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo, Tie
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OF_A_NETWORK = re.compile(r"^(hypernetworks\.\d+|decoder\.layers\.\d+\.mlp\.hyper\.network)\.")
+_SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.", "router_gru.")
+# Replicated parameters that see this tensor rank's tokens only, whether sequence parallelism is on or not.
+_OF_MOE_BLOCK = (".router.", ".hyper.", ".memory.", ".shared_expert.", ".computation_free.")
 
 
 def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -62,10 +67,10 @@ def describe_parameters(
 
 
 def _holders(chunk: Decoder, layout: ParallelLayout) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Parameters of HyperMoE that have copies on other pipeline stages, and the stages that hold one."""
+    """Parameters that layers share and that have copies on other pipeline stages, and the stages that hold one."""
     layers = chunk.config.num_layers
     for module in chunk.modules():
-        if not isinstance(module, HyperNetwork | SelectionEmbedding):
+        if not isinstance(module, HyperNetwork | SelectionEmbedding | RouterGRU):
             continue
         stages = tuple(
             stage
@@ -111,7 +116,7 @@ def _describe(
 ) -> ParameterInfo:
     at, layout = groups.coordinates, groups.layout
     shape = tuple(parameter.shape)
-    expert = ".mlp.experts." in name
+    expert = ".experts." in name
     if expert:
         global_shape = (shape[0] * layout.expert, *shape[1:])
         blocks = (Block(shape[0], (at.expert * shape[0], *(0 for _ in shape[1:]))),)
@@ -150,9 +155,7 @@ def _tensor_split(
 
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
     """Whether each tensor rank sees only its own tokens' gradient of this replicated parameter."""
-    in_moe_block = (
-        ".mlp.router." in name or ".mlp.hyper." in name or name.startswith(("hypernetwork", "selection_embedding."))
-    )
+    in_moe_block = any(part in name for part in _OF_MOE_BLOCK) or name.startswith(_SHARED_BY_LAYERS)
     return in_moe_block or (sequence_parallel and not name.startswith("head."))
 
 
@@ -161,10 +164,11 @@ def initialize(chunks: Sequence[Decoder], infos: Sequence[ParameterInfo], model:
     """Fill every parameter as a pure function of (seed, global name, global index).
 
     So any layout starts from the same weights, tied copies start equal, and no seed checkpoint is needed. Experts are
-    drawn one by one; other tensors are drawn whole on every rank and sliced, which costs one tensor's memory at a time.
+    drawn one by one; other tensors (also the one that holds experts of different widths) are drawn whole on every rank
+    and sliced, which costs one tensor's memory at a time.
     """
     for info in infos:
-        if info.expert:
+        if info.expert and info.parameter.dim() == 3:
             first = info.blocks[0].offset[0]
             for i in range(info.parameter.shape[0]):
                 info.parameter[i].copy_(
@@ -203,7 +207,10 @@ def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
         ("*.linear_proj.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.linear_fc2.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.experts.fc2", "normal", std / math.sqrt(2 * model.num_layers)),
+        ("*.shared_expert.fc2", "normal", std / math.sqrt(2 * model.num_layers)),
     ]
+    if model.moe is not None and (width := state_width(model.moe)) > 0:
+        table.append(("router_gru.*", "uniform", width**-0.5))  # PyTorch's GRU
     if model.moe is not None and model.moe.hyper is not None:
         table += _hyper_distributions(model.moe.hyper, model.hidden_size)
         name = _OF_A_NETWORK.sub("hypernetwork.", name)

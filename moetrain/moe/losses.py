@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.config.relatives import expected_shares
 from moetrain.config.schema import MoEConfig
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.routing import RoutingContext, RoutingDecision
@@ -36,12 +37,13 @@ class RouterLosses(Controlled):
 
     Load balance is E sum_e f_e P_e (Switch, arXiv 2101.03961 eq. 4-6). P_e is the mean router probability. f_e, which
     has no gradient, is the share of the (token, expert) *assignments* that went to expert e, so that it stays right
-    when tokens have different numbers of experts. The assignments are those of one sequence, of a micro-batch, or of a
-    global batch (`moe.aux_loss`).
+    when tokens have different numbers of experts. Choices without computation count as experts do, with probabilities
+    as `ComputationFreeExperts.weigh` makes them. The assignments are those of one sequence, of a micro-batch, or of a
+    global batch (`moe.aux_loss`), before any is dropped for want of capacity.
 
     The global batch is the one of the step before: its counts are complete on every rank before the first micro-batch
     begins, so the loss depends neither on the layout nor on the size or order of micro-batches. They are a controller,
-    `load`, uniform before the first step. (arXiv 2501.11873 instead counts what the ranks hold of the running batch,
+    `load`, balanced before the first step. (arXiv 2501.11873 instead counts what the ranks hold of the running batch,
     which is another number on every layout.)
     """
 
@@ -52,8 +54,8 @@ class RouterLosses(Controlled):
         super().__init__()
         self.moe, self.tensor_group = moe, tensor_group
         if moe.aux_loss == "global_batch":
-            uniform = moe.expected_mean_k / moe.num_experts
-            self.add_controller("load", torch.full((moe.num_experts,), uniform, dtype=torch.float32))
+            balanced = [moe.expected_choices * share for share in expected_shares(moe)]
+            self.add_controller("load", torch.tensor(balanced, dtype=torch.float32))
 
     def forward(self, decision: RoutingDecision, context: RoutingContext) -> RouterLoss:
         """Of one micro-batch.
@@ -85,7 +87,7 @@ class RouterLosses(Controlled):
         """Which part of the tokens went to each expert: [B, E], or [1, E] when one number holds for all sequences."""
         if self.moe.aux_loss == "global_batch":
             return self.load[None]
-        counts_BE = assignments(expert_ids_TK, self.moe.num_experts).unflatten(0, context.shape).sum(dim=0)
+        counts_BE = assignments(expert_ids_TK, self.moe.num_choices).unflatten(0, context.shape).sum(dim=0)
         if self.tensor_group.size() > 1:
             dist.all_reduce(counts_BE, group=self.tensor_group)
         lengths_B = context.lengths(counts_BE.device)

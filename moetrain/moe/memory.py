@@ -21,6 +21,9 @@ _INDEX, _FLOAT = 8, 4  # bytes of an int64, of a float32
 _SAVED = (0, 2)
 _FORWARD = ((1, 3), (2, 2))
 _BACKWARD = (2, 5, 3)
+# What `DiverseExperts` holds besides: sorted rows and results, in the backward their gradients; between the
+# two, rows and results; and beside the gradients of all weights their parts, and fc2 in the order of the operator.
+_DIVERSE, _DIVERSE_KEPT, _DIVERSE_WEIGHTS = 4, 2, 6
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class DispatchBound:
         home: results, in the backward gradients, of this rank's rows.
         travel: rows on their way or waiting for the experts, with their gradients in the backward.
         experts: activations of the rows that are computed.
-        weight_gradients: of one round, before they are added to those of the parameters.
+        weight_gradients: of one round, before they are added to those of the parameters; where widths differ, before
+            they lie in one tensor.
         kept: what stays allocated between forward and backward, no part of the total: a model has this for each layer
             whose backward is due, and the total for one.
     """
@@ -62,26 +66,37 @@ def dispatch_bound(
     max_rows: int | None,
     expert_ranks: int,
     overlap: bool = True,
+    padded_rows: int | None = None,
+    diverse_width: int | None = None,
 ) -> DispatchBound:
     """The bound for a rank that routes `tokens` tokens (of its micro-batch, after sequence is split over tensor ranks)
-    to at most `max_k` experts each; the other arguments are settings of `model.moe` and `parallel.expert`."""
+    to at most `max_k` experts each; the other arguments are settings of `model.moe` and `parallel.expert`.
+
+    `padded_rows`: size of the buffer that the rank sends to each expert (`capacity.pad`), or None. `diverse_width`:
+    of experts of different widths, the sum over those of a rank. `ffn` is the widest then, which may get all rows; with
+    padding the mean, for all get as many.
+    """
     # A token's experts are distinct, so a rank gets at most as many of its rows as it has experts.
     all_to_one = expert_ranks * tokens * min(max_k, num_experts_local)
+    arriving = min(max_rows or all_to_one, all_to_one)
+    if padded_rows is not None:
+        arriving = expert_ranks * num_experts_local * padded_rows
     sizes = _Sizes(
         rows=tokens * max_k,
-        arriving=min(max_rows or all_to_one, all_to_one),
+        arriving=arriving,
         experts=num_experts_local,
         ranks=expert_ranks,
         hidden=hidden,
         ffn=ffn,
         element=4 if precision == "fp32" else 2,
         overlap=overlap and expert_ranks > 1,
+        diverse_width=diverse_width,
     )
-    moments = list(sizes.in_one_round())
+    moments = list(sizes.in_one_round() if padded_rows is None else sizes.padded())
     if max_rows is not None and max_rows < all_to_one:
         moments += sizes.in_rounds()
     worst = max(moments, key=lambda moment: moment.total)
-    return replace(worst, kept=sizes.kept())
+    return replace(worst, kept=sizes.kept(padded_rows is not None))
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,7 @@ class _Sizes:
     ffn: int
     element: int
     overlap: bool
+    diverse_width: int | None
 
     @property
     def leaving(self) -> int:
@@ -113,6 +129,17 @@ class _Sizes:
         d, f, _ = _BACKWARD
         yield self._moment(travel=2 * arrived, d=d - 1 + away, f=f)
 
+    def padded(self) -> Iterator[DispatchBound]:
+        """Buffers leave that are as large as what arrives, and are read where they came from also in one rank."""
+        buffer, away = self.arriving, int(self.ranks > 1)
+        _, kept = _SAVED
+        yield self._moment(home=self.rows, travel=buffer * (1 + away))
+        for d, f in _FORWARD:
+            yield self._moment(travel=buffer * (1 + self.overlap * away), d=d, f=f)
+        yield self._moment(home=2 * self.rows, travel=buffer * (2 + away), f=kept)
+        d, f, _ = _BACKWARD
+        yield self._moment(home=self.rows, travel=buffer * (2 + away), d=d, f=f)
+
     def in_rounds(self) -> Iterator[DispatchBound]:
         """Nothing is kept. With overlap the next round's rows and the last round's results are there too."""
         beside = self.overlap * (self.leaving + self.arriving)  # the next round: as it leaves and as it comes
@@ -128,19 +155,26 @@ class _Sizes:
         # The recomputed output is there as well.
         yield self._moment(home=self.rows, travel=travel, d=d + 1, f=f, weights=weights * touched + unfinished)
 
-    def kept(self) -> int:
+    def kept(self, padded: bool) -> int:
         """One round's activations, which autograd saves, and the plan."""
         d, f = _SAVED
-        return self._moment(home=self.leaving * (self.ranks > 1), d=d, f=f).total
+        if self.diverse_width is not None:
+            d += _DIVERSE_KEPT - _DIVERSE
+        travel = self.arriving if padded else 0
+        return self._moment(home=self.leaving * (self.ranks > 1 or padded), travel=travel, d=d, f=f).total
 
     def _moment(self, home: int = 0, travel: int = 0, d: int = 0, f: int = 0, weights: int = 0) -> DispatchBound:
         """From rows at home and on their way, and multiples of what each arrived row, and each expert, takes."""
         row = self.hidden * self.element
+        touched = weights * self.ffn
+        if self.diverse_width is not None:
+            d += _DIVERSE
+            touched += _DIVERSE_WEIGHTS * self.diverse_width
         return DispatchBound(
             plan=self.rows * (3 * _INDEX + 2 * _FLOAT) + self.arriving * (2 * _INDEX + 2 * _FLOAT),
             home=home * row,
             travel=travel * row,
             experts=self.arriving * (d * self.hidden + f * self.ffn) * self.element,
-            weight_gradients=weights * self.hidden * self.ffn * self.element,
+            weight_gradients=touched * self.hidden * self.element,
             kept=0,
         )

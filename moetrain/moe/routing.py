@@ -35,6 +35,7 @@ class RoutingContext:
         valid_T: bool, True = a real token; None: all are. What a router decides for padding is taken back (see
             `RoutingDecision.without_padding`), but its statistics and its loss must leave padding out.
         real_lengths_B: real tokens of each whole sequence, int64; None: all of `length`.
+        hidden_TE: bool, experts that a token may not see (`moe.token_mask`); None: it may see all.
     """
 
     local_length: int
@@ -44,6 +45,7 @@ class RoutingContext:
     importance_T: Tensor | None
     valid_T: Tensor | None = None
     real_lengths_B: Tensor | None = None
+    hidden_TE: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,10 +142,11 @@ class Router(Controlled, ABC):
     """
 
     def __init__(self, moe: MoEConfig, hidden_size: int, dtype: torch.dtype, layer: int) -> None:
-        """`layer` is the 0-based global number. Parameters are filled by `moetrain.model.parameters.initialize`."""
+        """`layer` is the 0-based global number, `hidden_size` that of what the gate sees. Parameters are filled by
+        `moetrain.model.parameters.initialize`."""
         super().__init__()
-        self.num_experts, self.max_k, self.layer = moe.num_experts, moe.max_top_k, layer
-        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size, dtype=dtype))
+        self.num_experts, self.max_k, self.layer = moe.num_choices, moe.max_top_k, layer
+        self.weight = nn.Parameter(torch.empty(moe.num_choices, hidden_size, dtype=dtype))
 
     @abstractmethod
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
@@ -152,13 +155,17 @@ class Router(Controlled, ABC):
     def update(self, counts: RouterCounts) -> None:
         """Move the controllers, once per optimizer step, by the counts of the whole global batch."""
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs.
+    def logits(self, x_TD: Tensor, context: RoutingContext | None = None) -> Tensor:
+        """The gate's scores [T, E] in fp32 whatever the model's dtype, because near-ties decide which expert runs;
+        minus infinity for the experts that the context hides from a token.
 
         Not by `@`: a BLAS picks its blocking by the number of rows, and then a token's last bits depend on how many
         others stand in the batch (with OpenBLAS or MKL at D = 512, up to some 15 rows: just where decoding is).
         """
-        return row_invariant_linear(x_TD.float(), self.weight.float())
+        logits_TE = row_invariant_linear(x_TD.float(), self.weight.float())
+        if context is None or context.hidden_TE is None:
+            return logits_TE
+        return logits_TE.masked_fill(context.hidden_TE, -torch.inf)
 
 
 def take_best(order_TE: Tensor, values_TE: Tensor, num_selected_T: Tensor, max_k: int) -> tuple[Tensor, Tensor]:

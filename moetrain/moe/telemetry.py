@@ -19,11 +19,12 @@ class RouterCounts:
     """A layer's telemetry, read back to the host.
 
     Attributes:
-        tokens_per_expert: assignments of each expert.
+        tokens_per_expert: assignments of each expert, then of each computation-free choice, as the router made them.
         k_histogram: tokens that got 0, 1, ... K experts.
         load_balance, z_loss: mean auxiliary losses of a micro-batch, before their coefficients.
         statistics: what the router counted besides (`RoutingDecision.statistics`).
         hyper_norm_ratio: |hyper-expert output| / |experts' output| as root mean squares; None without HyperMoE.
+        dropped: assignments that found no place within an expert's capacity.
     """
 
     tokens_per_expert: list[int]
@@ -32,6 +33,7 @@ class RouterCounts:
     z_loss: float
     statistics: list[float]
     hyper_norm_ratio: float | None
+    dropped: int = 0
 
     @property
     def mean_k(self) -> float:
@@ -42,7 +44,7 @@ class RouterCounts:
 class RouterTelemetry:
     """Accumulates over the micro-batches of a step. float64, so that counts stay exact beyond 2^24 tokens."""
 
-    _SCALARS = ("load_balance", "z_loss", "expert_square", "hyper_square", "sequences")
+    _SCALARS = ("load_balance", "z_loss", "expert_square", "hyper_square", "sequences", "dropped")
 
     def __init__(self, num_experts: int, max_k: int, num_statistics: int) -> None:
         self.num_experts, self.max_k, self.num_statistics = num_experts, max_k, num_statistics
@@ -59,6 +61,7 @@ class RouterTelemetry:
         expert_output: Tensor,
         hyper_output: Tensor | None,
         sequences: float,
+        dropped: Tensor | int = 0,
     ) -> None:
         """Add one micro-batch. Losses are this rank's parts, as means over its sequences."""
         if self.values is None:
@@ -70,6 +73,7 @@ class RouterTelemetry:
             expert_output.detach().float().square().sum(),
             zero if hyper_output is None else hyper_output.detach().float().square().sum(),
             zero + sequences,
+            zero + dropped,
         )
         # bincount is not deterministic on CUDA with weights; without weights it is.
         histogram = torch.bincount(num_selected_T, minlength=self.max_k + 1)
@@ -98,7 +102,7 @@ class RouterTelemetry:
         numbers = values.tolist()
         e, k = self.num_experts, self.max_k + 1
         n = e + k + self.num_statistics
-        balance, z_loss, expert_square, hyper_square, sequences = numbers[n:]
+        balance, z_loss, expert_square, hyper_square, sequences, dropped = numbers[n:]
         per_sequence = tensor_ranks / max(sequences, 1.0)
         ratio = (hyper_square / expert_square) ** 0.5 if has_hyper and expert_square > 0 else None
         return RouterCounts(
@@ -108,4 +112,5 @@ class RouterTelemetry:
             z_loss=z_loss * per_sequence,
             statistics=numbers[e + k : n],
             hyper_norm_ratio=ratio,
+            dropped=int(dropped),
         )

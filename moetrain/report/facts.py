@@ -65,7 +65,7 @@ def describe_router(model: ModelConfig) -> str:
     """The setting that decides how many experts a token gets; "" for a dense model."""
     if model.moe is None:
         return ""
-    return f"{model.moe.router.type}: {model.moe.router.describe(model.moe.num_experts)}"
+    return f"{model.moe.router.type}: {model.moe.router.describe(model.moe.num_choices)}"
 
 
 def describe_layout(config: RunConfig, world_size: int | None) -> str:

@@ -14,7 +14,8 @@ from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.model.decoder import Decoder
 from moetrain.model.reference_logits import reference_model
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.routing import RoutingDecision
+from moetrain.moe.routing import RoutingContext, RoutingDecision
+from moetrain.moe.token_mask import without_hidden
 from moetrain.report.passages import Passage, Reading
 from moetrain.report.trace import LayerTrace, RoutingTrace
 
@@ -53,16 +54,18 @@ class _Recorder:
         self._importance: list[Tensor] = []
 
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], decision: RoutingDecision) -> None:
-        self._decisions.append(decision)
-        importance_T = _importance_of(inputs)
+        """`inputs`: a router is called as `router(x_TD, context)`."""
+        context: RoutingContext = inputs[1]
+        hidden_TE, importance_T = context.hidden_TE, context.importance_T
+        self._decisions.append(decision if hidden_TE is None else without_hidden(decision, hidden_TE))
         if importance_T is not None:
             self._importance.append(importance_T)
 
     def trace(self) -> LayerTrace:
         """All passages in order."""
         return LayerTrace(
-            layer=self._layer.layer,
-            num_experts=self._layer.moe.num_experts,
+            layer=self._layer.number,
+            num_experts=self._layer.moe.num_choices,
             num_selected_N=_joined([decision.num_selected_T for decision in self._decisions]),
             expert_ids_NK=_joined([decision.expert_ids_TK for decision in self._decisions]),
             weights_NK=_joined([decision.weights_TK for decision in self._decisions]),
@@ -70,14 +73,9 @@ class _Recorder:
         )
 
 
-def _importance_of(inputs: tuple[Any, ...]) -> Tensor | None:
-    """Where a router's arguments hold the tokens' importance: it is called as `router(x_TD, context)`."""
-    return inputs[1].importance_T
-
-
 @contextmanager
 def _recorded(decoder: Decoder) -> Iterator[list[_Recorder]]:
-    layers = sorted((m for m in decoder.modules() if isinstance(m, MoELayer)), key=lambda layer: layer.layer)
+    layers = sorted((m for m in decoder.modules() if isinstance(m, MoELayer)), key=lambda layer: layer.number)
     recorders = [_Recorder(layer) for layer in layers]
     hooks = [layer.router.register_forward_hook(recorder) for layer, recorder in zip(layers, recorders, strict=True)]
     try:

@@ -180,8 +180,11 @@ def _well_formed(trial: _Trial, decision: RoutingDecision, tokens: int) -> None:
 
 
 def _extras_are_well_formed(trial: _Trial, decision: RoutingDecision) -> None:
-    found, told = 0 if decision.statistics is None else len(decision.statistics), trial.settings.num_statistics
-    assert found == told or not trial.router.training, f"num_statistics says {told}, the router counts {found}"
+    wanted = trial.settings.num_statistics
+    found = 0 if decision.statistics is None else len(decision.statistics)
+    # Nobody asks for them in evaluation.
+    if trial.router.training or decision.statistics is not None:
+        assert found == wanted, f"num_statistics says {wanted}, the router counts {found}"
     if decision.statistics is not None:
         assert decision.statistics.dtype == torch.float64, "statistics must be float64, which counts exactly"
     if decision.loss is not None:
@@ -245,6 +248,26 @@ def _with_tail(tokens: _Tokens, other: _Tokens, known: int) -> _Tokens:
         if isinstance(value, Tensor):
             tensors[field.name] = torch.cat([value[:known], getattr(other.context, field.name)[known:]])
     return _Tokens(torch.cat([tokens.x_TD[:known], other.x_TD[known:]]), replace(tokens.context, **tensors))
+
+
+def _hidden_experts_come_last(trial: _Trial) -> None:
+    """Where the settings promise it; each token here may see every other expert."""
+    if not trial.settings.respects_token_mask:
+        return
+    tokens = torch.arange(_LENGTH * _SEQUENCES)
+    hidden_TE = (torch.arange(trial.num_experts) - tokens[:, None]) % trial.num_experts % 2 == 1
+    context = replace(trial.tokens.context, hidden_TE=hidden_TE)
+    decision = trial.route(replace(trial.tokens, context=context))
+    ids_TK, weights_TK = decision.expert_ids_TK, decision.weights_TK
+    hidden_TK = hidden_TE.gather(1, ids_TK.clamp(min=0)) & (ids_TK >= 0)
+    assert not bool(weights_TK[hidden_TK].any()), "an expert that is hidden from the token must have weight 0"
+    later_TK = hidden_TK.cumsum(dim=1) > 0
+    assert not bool((later_TK & ~hidden_TK & (ids_TK >= 0)).any()), "an expert hidden from the token must come last"
+    finite = [weights_TK, decision.probs_TE, *(() if decision.loss is None else (decision.loss,))]
+    torch.stack([value.sum() for value in finite]).sum().backward()
+    gradient = trial.router.weight.grad
+    assert gradient is not None
+    assert all(bool(v.isfinite().all()) for v in (*finite, gradient)), "a hidden expert's score must make no NaN"
 
 
 # --- learning --------------------------------------------------------------------------------------------------------
@@ -311,6 +334,7 @@ _PROMISES: tuple[Callable[[_Trial], None], ...] = (
     _neighbors_do_not_matter,
     _the_split_of_a_sequence_does_not_matter,
     _the_future_does_not_matter,
+    _hidden_experts_come_last,
     _the_task_teaches_the_gate,
     _controllers_move_in_update_alone,
     _update_knows_the_counts_alone,

@@ -55,6 +55,8 @@ class RouterStats:
     """the router's scalar controllers by name, such as `threshold`"""
     hyper_norm_ratio: float | None = None
     """rms of the hyper-expert's output over rms of the experts' output, where there is one"""
+    dropped: int | None = None
+    """(token, expert) pairs that found no place within an expert's capacity, where it has one"""
 
     @property
     def max_entropy(self) -> float:
@@ -69,6 +71,7 @@ class RouterStats:
         k_histogram: Sequence[int],
         controllers: Mapping[str, float] | None = None,
         hyper_norm_ratio: float | None = None,
+        dropped: int | None = None,
     ) -> RouterStats:
         """From the two counts that ranks can simply add up. A layer that saw no token has an all-zero load."""
         pairs = sum(tokens_per_expert)
@@ -83,6 +86,7 @@ class RouterStats:
             mean_k=sum(k * n for k, n in enumerate(k_histogram)) / tokens if tokens else 0.0,
             controllers=controllers or {},
             hyper_norm_ratio=hyper_norm_ratio,
+            dropped=dropped,
         )
 
 
@@ -282,6 +286,7 @@ def flatten(report: StepReport | EvalReport) -> dict[str, float]:
         flat[f"{at}/mean_k"] = stats.mean_k
         flat |= {f"{at}/{name}": value for name, value in stats.controllers.items()}
         flat[f"{at}/hyper_norm_ratio"] = stats.hyper_norm_ratio
+        flat[f"{at}/dropped"] = stats.dropped
     return _known(flat)
 
 

@@ -35,7 +35,7 @@ class StepOutcome:
             or squared error.
         grad_norm: global norm before clipping.
         skipped: the update was dropped because a gradient was not finite.
-        router: counts of every MoE layer of the whole model, by 0-based global layer number.
+        router: counts of every MoE layer of the whole model, by its number (`ModelConfig.router_numbers`).
         controllers: the routers' scalar controllers of the whole model during this step, by name, by layer number.
     """
 
@@ -90,10 +90,10 @@ class TrainStep:
         length = config.model.seq_length
         self._positions = torch.arange(length, device=self.device)[None]
         self._schedule = get_forward_backward_func()
-        self._moe_layers = {m.layer: m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer)}
-        self._all_moe_layers = [i for i in range(config.model.num_layers) if config.model.is_moe_layer(i)]
+        self._moe_layers = {m.number: m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer)}
+        self._all_moe_layers = config.model.router_numbers
         moe = config.model.moe
-        self._codec = RouterTelemetry(moe.num_experts, moe.max_top_k, moe.router.num_statistics) if moe else None
+        self._codec = RouterTelemetry(moe.num_choices, moe.max_top_k, moe.router.num_statistics) if moe else None
         self._has_hyper = moe is not None and moe.hyper is not None
         self._reported = moe.router.reported if moe else ()
         self._objective = objective_of(config.training.objective, groups.tensor)

@@ -131,13 +131,14 @@ class Trainer:
             )
 
     def _router_stats(self, layer: int, outcome: StepOutcome) -> RouterStats:
-        counts = outcome.router[layer]
+        counts, moe = outcome.router[layer], self.config.model.moe
         return RouterStats.from_counts(
             layer=layer,
             tokens_per_expert=counts.tokens_per_expert,
             k_histogram=counts.k_histogram,
             controllers=outcome.controllers[layer],
             hyper_norm_ratio=counts.hyper_norm_ratio,
+            dropped=counts.dropped if moe is not None and moe.capacity is not None else None,
         )
 
     def _evaluate(self) -> None:

@@ -14,7 +14,7 @@ from moetrain.train.setup import build_step
 
 STEPS = 3
 MASK = 63
-ROUTER = {"type": "da_moe", "importance": "col_max", "mean_k": 2.0, "controller_rate": 1.5}
+ROUTER = {"type": "da_moe", "importance": "col_max", "mean_k": 2.0, "controller_rate": 1.0}
 HEAD = {"outputs": 3, "pooling": "mean"}
 
 

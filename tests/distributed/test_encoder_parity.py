@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "classes": {},
     "classes of a decoder": {
         "model__type": "decoder",
-        "model__moe__router": {"type": "da_moe", "importance": "row_entropy", "controller_rate": 1.5},
+        "model__moe__router": {"type": "da_moe", "importance": "row_entropy", "controller_rate": 1.0},
         "model__head": {"outputs": 3, "pooling": "last"},
     },
     "classes, micro-batches of 2": {"training__micro_batch_size": 2, "model__head": {"outputs": 3, "pooling": "first"}},

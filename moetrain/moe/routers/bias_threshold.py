@@ -42,11 +42,13 @@ class BiasThresholdRouter(Router):
         super().__init__(moe, hidden_size, dtype, layer)
         assert isinstance(moe.router, BiasThresholdRouterConfig)
         self.settings = moe.router
-        quantile = NormalDist(sigma=_TYPICAL_STD * hidden_size**0.5).inv_cdf(1 - self.settings.mean_k / moe.num_experts)
-        self.add_controller("bias", -torch.tensor(quantile, dtype=torch.float32).sigmoid().repeat(moe.num_experts))
+        quantile = NormalDist(sigma=_TYPICAL_STD * hidden_size**0.5).inv_cdf(
+            1 - self.settings.mean_k / self.num_experts
+        )
+        self.add_controller("bias", -torch.tensor(quantile, dtype=torch.float32).sigmoid().repeat(self.num_experts))
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         rho_TE = sigmoid(logits_TE)
         margin_TE = rho_TE.detach() + self.bias
         num_selected_T = (margin_TE > 0).sum(dim=-1).clamp(1, self.max_k)

@@ -49,7 +49,7 @@ class DAMoERouter(Router):
         assert isinstance(settings, DAMoERouterConfig)
         self.settings, self.min_k = settings, settings.min_k
         self.by_position = settings.debias == "position"
-        self.first_k = settings.first_k(moe.num_experts)
+        self.first_k = settings.first_k(self.num_experts)
         # Statistics that may exceed one are ranked by their logarithm, shares of one by their log-odds.
         self.to_importance = torch.exp if settings.importance == "col_sum" else torch.sigmoid
         if settings.importance == "predicted":
@@ -57,12 +57,12 @@ class DAMoERouter(Router):
         if settings.importance == "random":
             self.register_buffer("projection", _projection(hidden_size, layer), persistent=False)
         if settings.has_thresholds:
-            state = QuantileState.initial(settings.shares(moe.num_experts), settings.position_buckets)
+            state = QuantileState.initial(settings.shares(self.num_experts), settings.position_buckets)
             for name, value in self._controllers_of(state).items():
                 self.add_controller(name, value)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probs_TE = logits_TE.softmax(dim=-1)
         importance_T, loss = self.importance(x_TD, context)
         num_selected_T, statistics = self.count(importance_T, context.positions(x_TD.device), context.valid_T)

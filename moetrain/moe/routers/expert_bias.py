@@ -31,7 +31,7 @@ class ExpertBiasRouter(TopKRouter):
         super().__init__(moe, hidden_size, dtype, layer)
         assert isinstance(self.settings, ExpertBiasRouterConfig)
         self.rate = self.settings.bias_rate
-        self.add_controller("bias", torch.zeros(moe.num_experts, dtype=torch.float32))
+        self.add_controller("bias", torch.zeros(self.num_experts, dtype=torch.float32))
 
     def preference(self, scores_TE: Tensor) -> Tensor:
         return scores_TE.detach() + self.bias

@@ -54,7 +54,7 @@ class ReLURouter(Router):
         self.add_controller("log_l1_coeff", torch.tensor(self.least, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         relu_TE = logits_TE.relu()
         positive_T = (relu_TE > 0).sum(dim=-1)
         num_selected_T = positive_T.clamp(1, self.max_k)

@@ -31,7 +31,7 @@ class TopKRouter(Router):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         settings = self.settings
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         scores_TE = scores_of(logits_TE, settings.scores)
         order_TE = only_best_groups(
             self.preference(scores_TE), settings.groups, settings.top_groups or settings.groups, settings.group_score

@@ -30,7 +30,7 @@ class TopPRouter(Router):
         self.settings = moe.router
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probs_TE = logits_TE.softmax(dim=-1)
         with torch.no_grad():
             cumulated_TE = probs_TE.sort(dim=-1, descending=True).values.cumsum(dim=-1)

@@ -42,6 +42,13 @@ def test_the_same_configuration_fits_without_notes():
     assert check_config(CONFIG, copy.deepcopy(CONFIG)) == []
 
 
+def test_a_part_that_is_off_fits_a_checkpoint_from_before_there_was_such_a_part():
+    current = changed(model__moe__capacity=None)
+    assert check_config(CONFIG, current) == check_config(current, CONFIG) == []
+    with pytest.raises(CheckpointError, match=r'model.moe.capacity: absent in the checkpoint, {"factor": 1.0} in this'):
+        check_config(CONFIG, changed(model__moe__capacity={"factor": 1.0}))
+
+
 def test_every_contradiction_in_the_model_is_listed_with_both_values():
     current = changed(model__num_layers=6, model__moe__router={"type": "da_moe", "mean_k": 2.0}, model__hidden_size=64)
     with pytest.raises(CheckpointError) as caught:

@@ -285,6 +285,13 @@ def test_the_registry_knows_exactly_the_settings_that_a_full_config_has(tree: di
     tree["model"]["head"] = None
     tree["training"]["objective"] = {"type": "masked_lm"}
     known |= walk(config_from_dict(tree, "test"), "")
+    moe = tree["model"]["moe"]
+    moe |= {"computation_free": {"zero_experts": 1}, "capacity": {"factor": 1.0}}
+    known |= walk(config_from_dict(tree, "test"), "")
+    del moe["computation_free"], moe["hyper"]
+    mask = {"frequent_ids": 1, "frequent_experts": 2}
+    moe |= {"router": {"type": "top_k"}, "token_mask": mask, "router_state": {"type": "recurrent"}, "cartesian": {}}
+    known |= walk(config_from_dict(tree, "test"), "")
     assert set(setting_paths()) == known
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.config.relatives import ComputationFreeConfig
+from moetrain.config.routers import TopKRouterConfig
 from moetrain.config.schema import MoEConfig
 from moetrain.moe.losses import RouterLosses
 from moetrain.moe.routing import LoadPenalty, RoutingContext, RoutingDecision
@@ -102,6 +104,16 @@ def test_balanced_routing_with_uniform_probabilities_costs_exactly_one(scope: st
     moe = MoEConfig(num_experts=E, ffn_hidden_size=4, aux_loss=scope)  # global batch: uniform before the first step
     losses = RouterLosses(moe, _Alone())  # pyright: ignore[reportArgumentType]
     assert losses(decision, RoutingContext(4, 2, 4, 0, None)).load_balance.item() == 1.0
+
+
+def test_a_global_batch_s_first_loads_push_no_choice_though_some_weigh_less_in_the_loss() -> None:
+    free = ComputationFreeConfig(zero_experts=1, constant_experts=2, balance_weight=0.25)
+    router = TopKRouterConfig(top_k=3)
+    moe = MoEConfig(num_experts=E, ffn_hidden_size=4, aux_loss="global_batch", router=router, computation_free=free)
+    load = RouterLosses(moe, _Alone()).load  # pyright: ignore[reportArgumentType]
+    assert load.shape == (E + 3,)
+    assert load.sum().item() == pytest.approx(3.0)
+    torch.testing.assert_close(load * torch.tensor([1.0] * E + [0.25] * 3), load[0].expand(E + 3))
 
 
 @pytest.mark.parametrize("scope", ["per_sequence", "global_batch"])

@@ -100,6 +100,10 @@ class Broken(RouterConfig):
         return ("nothing",) if self.how == "reported" else ()
 
     @property
+    def respects_token_mask(self) -> bool:
+        return self.how == "sees hidden experts"
+
+    @property
     def num_statistics(self) -> int:
         return int(self.how == "statistics")
 
@@ -114,12 +118,12 @@ class BrokenRouter(TopKRouter):
         self.add_controller("seen", torch.zeros(()))
         self.last = 0.0
 
-    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def logits(self, x_TD: torch.Tensor, context: RoutingContext | None = None) -> torch.Tensor:
         if self.how == "blas":
             return x_TD.float() @ self.weight.float().t()
         if self.how == "batch norm":
             x_TD = x_TD - x_TD.mean(0, keepdim=True) if len(x_TD) else x_TD
-        return super().logits(x_TD)
+        return super().logits(x_TD, None if self.how == "sees hidden experts" else context)
 
     def forward(self, x_TD: torch.Tensor, context: RoutingContext) -> RoutingDecision:
         decision = super().forward(x_TD, context)
@@ -176,6 +180,7 @@ class BrokenRouter(TopKRouter):
         ("length", "bits"),
         ("mean loss", "mean_part"),
         ("detached", "no gradient"),
+        ("sees hidden experts", "hidden from the token"),
         ("moves", "forward pass must not change seen"),
         ("local", "counts alone"),
         ("infinite", "finite"),
