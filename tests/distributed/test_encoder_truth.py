@@ -11,7 +11,8 @@ import torch
 from encoders import batch_of, classifier_config, encoder_config
 from parity import layout_of
 
-from moetrain.config.schema import DAMoERouterConfig, RunConfig
+from moetrain.config.routers import DAMoERouterConfig
+from moetrain.config.schema import RunConfig
 from moetrain.model.build import build_chunks
 from moetrain.model.parameters import describe_parameters, initialize, named_parameters
 from moetrain.moe.layer import MoELayer
@@ -169,7 +170,9 @@ def ours(config: RunConfig) -> dict[str, Any]:
     for module in chunks[0].modules():
         if isinstance(module, MoELayer):
             module.router.register_forward_hook(
-                lambda _, inputs, decision: decisions.append((inputs[1].numpy(), decision.num_selected_T.tolist()))
+                lambda _, inputs, decision: decisions.append(
+                    (inputs[1].importance_T.numpy(), decision.num_selected_T.tolist())
+                )
             )
     step = TrainStep(config, chunks, groups, None)
     chunks[0].train()
