@@ -21,6 +21,7 @@ from moetrain.claims.material import make_material
 from moetrain.claims.page import Facts, check_target, write
 from moetrain.claims.study import Study
 from moetrain.claims.throughput import FORMS, Ratio, measure_throughput, with_form
+from moetrain.cli.claims_glue import glue
 from moetrain.cli.progress import Progress
 from moetrain.config.loader import load_config
 from moetrain.config.schema import RunConfig
@@ -81,6 +82,9 @@ def damoe(
     call = _Call(damoe_study(_base(preset)), preset, out, seeds, corpus or [], jobs, page, quiet)
     call.train()
     call.report(leak={arm: call.leaks(arm) for arm in ("leak", "fixed")})
+
+
+app.command()(glue)
 
 
 class _Call:

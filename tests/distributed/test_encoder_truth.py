@@ -105,12 +105,11 @@ class Truth:
     def experts(self, x: Array, importance: Array, at: str, layer: int) -> tuple[Array, float]:
         moe = self.model.moe
         assert moe is not None
-        scale = moe.num_experts if self.router.budget == "paper" else 2.0 * self.router.mean_k
         logits = x @ self.w[f"{at}.router.weight"].T
         probs = softmax(logits)
         out, counts, ks = np.zeros_like(x), np.zeros(moe.num_experts), []
         for t in range(len(x)):
-            k = int(np.clip(np.ceil(np.float32(importance[t]) * np.float32(scale)), 1, moe.max_top_k))
+            k = self.count(float(importance[t]))
             chosen = np.argsort(-probs[t], kind="stable")[:k]
             for e in chosen:
                 fc1, fc2 = self.w[f"{at}.experts.fc1"][e], self.w[f"{at}.experts.fc2"][e]
@@ -122,6 +121,18 @@ class Truth:
         balance = moe.num_experts * float(counts / counts.sum() @ probs.mean(0))
         z_loss = float((np.log(np.exp(logits).sum(-1)) ** 2).mean())
         return out, moe.aux_loss_coeff * balance + moe.z_loss_coeff * z_loss
+
+    def count(self, importance: float) -> int:
+        """The paper's ceil(I E); or, before the first step, 1 and one more for each k / alpha that the rank of the
+        importance reaches. With alpha = 2 mean_k - 1 the mean over ranks is mean_k: 1 + (1 - 1 / 3) + (1 - 2 / 3) = 2.
+        Ranks are at first those of a standard logistic distribution of the log-odds, for col_sum of the logarithm."""
+        moe = self.model.moe
+        assert moe is not None
+        if self.router.budget == "paper":
+            return int(np.clip(np.ceil(np.float32(importance) * np.float32(moe.num_experts)), 1, moe.max_top_k))
+        assert self.router.mean_k == 2.0
+        rank = importance / (1 + importance) if self.importance == "col_sum" else importance
+        return 1 + sum(rank >= k / 3 for k in (1, 2))
 
     def generated(self, x: Array, unselected: set[int], at: str, layer: int) -> Array:
         table = self.w[f"{at}.hyper.expert_embedding"]
