@@ -138,7 +138,7 @@ def _check_folder(job: Job) -> None:
 def _train_all(jobs: Sequence[Job], at_once: int, on_done: Callable[[str], None]) -> None:
     """Importing torch and Megatron takes seconds, so one server does it and forks the trainings from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moetrain.train.run", "deepspeed.runtime.zero.stage_1_and_2"])
+    context.set_forkserver_preload(["moetrain.claims.quiet_start"])
     waiting = list(jobs)
     running: dict[int, tuple[Job, ForkServerProcess]] = {}
     try:

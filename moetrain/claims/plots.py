@@ -33,7 +33,7 @@ def forest(findings: Sequence[Finding], path: Path) -> None:
         axes.plot([d.mean], [at], "o", color=color, markersize=5)
     axes.set_yticks(range(len(rows)), [f"{name}  {c.comparison.why}" for name, c in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("held-out loss, arm minus baseline, nats per token (left: the arm is better)")
+    axes.set_xlabel("held-out loss, arm minus baseline, nats per token\n(left of zero the arm is better)")
     _finish(figure, path)
 
 
