@@ -111,6 +111,11 @@ def _reading(reader: CheckpointReader, text: Path | None, prompt: str | None) ->
     from moetrain.report.passages import read_held_out, read_text
 
     config = config_from_dict(reader.config, f"{reader.folder}'s config")
+    if config.training.objective.type != "causal_lm":
+        raise ReportError(
+            f"a model of training.objective.type {config.training.objective.type} does not read text from left to "
+            "right, which is all that a page can show so far"
+        )
     tokenizer = load_tokenizer(config.data.tokenizer)
     trained_with = reader.extra.get("tokenizer", tokenizer.fingerprint)
     if tokenizer.fingerprint != trained_with:

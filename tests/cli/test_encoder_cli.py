@@ -201,6 +201,15 @@ def test_an_encoder_is_not_exported_as_something_else(folder: Path) -> None:
     assert not (folder / "exported").exists()
 
 
+def test_a_report_shows_the_curves_of_an_encoder_and_says_why_no_text(folder: Path) -> None:
+    result = run_cli(["report", "pretrained", "--out", "report.html"], folder)
+    assert result.code == 0, result
+    assert "metrics alone: No text was read: a model of training.objective.type masked_lm" in result.stderr
+    asked = run_cli(["report", "pretrained", "--prompt", "some text", "--out", "other.html"], folder)
+    assert asked.code == 2
+    assert not (folder / "other.html").exists()
+
+
 def test_a_tokenizer_without_a_mask_token_is_refused_before_any_work(folder: Path) -> None:
     plain = ["data", "tokenizer", "text.jsonl", "--output", "plain", "--vocab-size", "350"]
     assert run_cli(plain, folder).code == 0
