@@ -9,8 +9,11 @@ import pytest
 
 from moetrain.claims.findings import find, summarize
 from moetrain.claims.lab import Lab
-from moetrain.claims.material import make_material
+from moetrain.claims.leak import Leak
+from moetrain.claims.material import Material, make_material
+from moetrain.claims.page import Facts, check_target, write
 from moetrain.claims.study import Arm, Claim, Comparison, Outcome, Study
+from moetrain.claims.throughput import Ratio
 from moetrain.config.loader import dump_yaml, load_config
 from moetrain.errors import ConfigError
 
@@ -65,10 +68,49 @@ def test_a_study_is_trained_compared_and_not_trained_twice(data: list[str], tmp_
     assert summarize(results["one"]).mean_k == 1.0
     (finding,) = find(STUDY, results)
     assert finding.verdict == "supported"
+    page = tmp_path / "tiny.md"
+    write(page, facts(), [finding], results)
+    text = page.read_text(encoding="utf-8")
+    for words in (
+        "| T1 | Equal settings give equal losses. | **supported** |",
+        "| the same | again - one | +0.0000 | +0.0000 to +0.0000 | 0 | supported |",
+        "| one | k = 1 | ",
+        "| tiny | grouped | 1.10 | 1.05 to 1.20 |",
+        "| one | 3.0000 | 3.2500 | +0.2500 |",
+    ):
+        assert words in text, words
+    pictures = [tmp_path / "tiny" / f"{name}.svg" for name in ("differences", "losses", "curves")]
+    before = [picture.read_bytes() for picture in pictures]
+    check_target(page)
+    write(page, facts(), [finding], results)
+    assert [picture.read_bytes() for picture in pictures] == before
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert len(stamps) == 4
     assert lab(data, tmp_path).train(1, heard.append) == results
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def facts() -> Facts:
+    return Facts(
+        study=STUDY,
+        preset="quick",
+        base=load_config([PRESET]),
+        seeds=[1, 2],
+        material=Material(Path("t"), Path("a"), Path("b"), 1000, 100, "some text"),
+        command="moetrain claims tiny",
+        machine="a machine",
+        throughput={"tiny": {"grouped": Ratio(1.1, 1.05, 1.2)}},
+        leak={"one": [Leak(3.0, 3.25), Leak(3.0, 3.25)]},
+    )
+
+
+def test_a_page_that_is_no_report_is_not_overwritten(tmp_path: Path) -> None:
+    page = tmp_path / "mine.md"
+    page.write_text("# my own words\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no report of claims"):
+        check_target(page)
+    with pytest.raises(ConfigError, match=r"must name a \.md file"):
+        check_target(tmp_path / "report.txt")
 
 
 def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(data: list[str], tmp_path: Path) -> None:
