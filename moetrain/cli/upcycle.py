@@ -46,7 +46,7 @@ def upcycle(
     counts = ", ".join(f"{number} {kind}" for kind, number in sorted(report.sources.items()))
     typer.echo(f"wrote {report.folder}: {report.parameters:,} parameters in tensors {counts}")
     for change in report.changes:
-        typer.echo(f"logits differ from the source's: {change}")
+        typer.echo(f"does not preserve the function: {change}")
     if report.difference is not None:
         typer.echo(
             f"compared: {report.difference.positions} positions, largest difference of a logit "
