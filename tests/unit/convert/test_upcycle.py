@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 import moetrain.convert.upcycle as module
@@ -23,6 +24,7 @@ from moetrain.convert.upcycle import upcycle
 from moetrain.errors import ConversionError
 from moetrain.model import reference_logits
 from moetrain.model.build import build_chunks
+from moetrain.model.decoder import Decoder
 from moetrain.model.parameters import (
     describe_parameters,
     initial_controllers,
@@ -208,6 +210,15 @@ def test_new_parts_start_as_in_a_new_run_except_the_last_of_a_branch(case: str, 
     assert zero and all(".up" in name or name.endswith("shared_expert.fc2") for name in zero)
 
 
+def gradients_of(decoder: Decoder, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of a cross entropy on fixed tokens, without any auxiliary loss."""
+    positions = torch.arange(TOKENS.shape[1])[None].expand(len(TOKENS), -1)
+    with torch.enable_grad():
+        logits = decoder(TOKENS, positions, None)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS.flatten())
+        return torch.autograd.grad(loss, parameters)
+
+
 @pytest.mark.parametrize("condition_on", ["unselected", "static"])
 def test_a_branch_of_zeros_learns_in_the_first_step(condition_on: str, save: Save, tmp_path: Path) -> None:
     """Its last weights get a gradient, so the second step reaches all that lie before them."""
@@ -218,12 +229,7 @@ def test_a_branch_of_zeros_learns_in_the_first_step(condition_on: str, save: Sav
         last = {n: p for n, p in named.items() if n.split(".")[-2] in ("up", "up_bias")}
 
         def gradients() -> dict[str, bool]:
-            positions = torch.arange(TOKENS.shape[1])[None].expand(len(TOKENS), -1)
-            with torch.enable_grad():
-                loss = torch.nn.functional.cross_entropy(
-                    decoder(TOKENS, positions, None).flatten(0, 1), TOKENS.flatten()
-                )
-                grads = torch.autograd.grad(loss, list(named.values()))
+            grads = gradients_of(decoder, list(named.values()))
             for parameter, grad in zip(named.values(), grads, strict=True):
                 parameter -= 1e-2 * grad.sign()  # the size of Adam's first step
             return {name: bool(grad.any()) for name, grad in zip(named, grads, strict=True)}
@@ -231,6 +237,21 @@ def test_a_branch_of_zeros_learns_in_the_first_step(condition_on: str, save: Sav
         first, second = gradients(), gradients()
     assert {name for name, reached in first.items() if reached} == set(last)
     assert all(second.values()), [name for name, reached in second.items() if not reached]
+
+
+def test_equal_experts_give_the_router_no_gradient_and_grow_apart_in_a_step(save: Save, tmp_path: Path) -> None:
+    upcycle(save(config()), config(MOE), tmp_path / "out", announce=lambda _: None)
+    with CheckpointReader(tmp_path / "out") as target, reference_model(target) as decoder:
+        named = {n: p for n, p in named_parameters([decoder]) if ".router." in n or ".experts." in n}
+
+        def router_gradient() -> float:
+            grads = dict(zip(named, gradients_of(decoder, list(named.values())), strict=True))
+            for name, parameter in named.items():
+                parameter -= 1e-2 * grads[name].sign() * (".experts." in name)
+            return max(float(grads[name].abs().max()) for name in named if ".router." in name)
+
+        first, second = router_gradient(), router_gradient()
+    assert first < 1e-6 < 1e-4 < second
 
 
 def test_noise_and_another_router_are_told_and_measured(save: Save, tmp_path: Path) -> None:
