@@ -99,7 +99,7 @@ def upcycle(
 
     Raises:
         ConversionError: the models do not fit together, `out` is not empty, its disk is too small, or the logits differ
-            by more than `TOLERANCE` where nothing asked them to.
+            by more than `TOLERANCE` where nothing asked them to; or a file cannot be read or written.
         CheckpointError: the source lacks a tensor.
     """
     refuse_nonempty(out)
@@ -114,11 +114,13 @@ def upcycle(
     parameters = sum(math.prod(weight.shape) for weight in weights)
     refuse_full_disk(out, 4 * parameters)
     announce(f"upcycling {source.folder} to {out}: {parameters:,} parameters, {4 * parameters / 1e9:.3f} GB")
-    with appearing_whole(out) as folder:
-        pieces = _pieces(source, target, weights, transition, noise)
-        _write(folder, pieces, source, target)
-        difference = _compare(source, folder, must_agree=not changes) if verify else None
-    sync_folder(out.absolute().parent)
+    try:
+        with appearing_whole(out) as folder:
+            _write(folder, _pieces(source, target, weights, transition, noise), source, target)
+            difference = _compare(source, folder, must_agree=not changes) if verify else None
+        sync_folder(out.absolute().parent)
+    except OSError as error:
+        raise ConversionError(f"upcycling to {out} failed: {error}") from error
     return UpcycleReport(out, parameters, Counter(weight.source for weight in weights), changes, difference)
 
 
@@ -136,7 +138,11 @@ def _plan(source: CheckpointReader, run: RunConfig, target: RunConfig, transitio
     assert not left, f"the target has no place for {sorted(left)}"
     for weight in weights:
         shape = weight.shape[1:] if weight.source == "copied" else weight.shape
-        assert weight.stored is None or stored[weight.stored] == shape, f"{weight} from {stored[weight.stored]}"
+        if weight.stored is not None and stored[weight.stored] != shape:
+            raise ConversionError(
+                f"{weight.name} has shape {list(weight.shape)} in the target; the source's {weight.stored} has "
+                f"{list(stored[weight.stored])}"
+            )
     return weights
 
 

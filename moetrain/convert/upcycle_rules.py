@@ -1,4 +1,4 @@
-"""From which model to which one weights can be carried without changing what is computed. No torch."""
+"""From which model to which one weights can be carried without changing what is computed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from moetrain.errors import ConversionError
 
 # Decided layer by layer, or of no consequence for what a weight means.
 _JUDGED_ELSEWHERE = frozenset({"model.moe", "model.moe.layer_freq", "model.seq_length"})
+# Settings of a branch beside the experts, which starts at zero where the source lacks it.
+_BRANCHES = ("hyper", "shared_expert_ffn_hidden_size")
 _ROUTER = "model.moe.router."
 # What a layer of copied MLPs cannot have, and why.
 _SPOILS_COPIES = {
@@ -53,8 +55,8 @@ def plan_transition(source: RunConfig, target: RunConfig, allow_change: bool) ->
     problems, changes = [], []
     differences = model_differences(config_to_dict(source), config_to_dict(target))
     different = [difference for difference in differences if not _fits(difference[0], source)]
-    routers = [told(*d) for d in different if d[0].startswith(_ROUTER)]
-    problems += [told(*d) for d in different if not d[0].startswith(_ROUTER) and not _same_groups(d[0], old, new)]
+    routers = [_told(*d) for d in different if d[0].startswith(_ROUTER)]
+    problems += [_told(*d) for d in different if not d[0].startswith(_ROUTER) and not _same_groups(d[0], old, new)]
     if routers:
         changes.append(f"another router decides ({'; '.join(routers)})")
     if lost := [str(i) for i in range(new.num_layers) if _is_moe(old, i) and not new.is_moe_layer(i)]:
@@ -74,7 +76,7 @@ def plan_transition(source: RunConfig, target: RunConfig, allow_change: bool) ->
     return Transition(becoming, bool(routers), tuple(changes))
 
 
-def told(path: str, there: str, here: str) -> str:
+def _told(path: str, there: str, here: str) -> str:
     """A difference in words."""
     return f"{path}: {there} in the source, {here} in the target"
 
@@ -85,12 +87,11 @@ def _fits(path: str, source: RunConfig) -> bool:
         return True
     moe = source.model.moe
     name = path.removeprefix("model.moe.")
-    return moe is not None and name in ("hyper", "shared_expert_ffn_hidden_size") and getattr(moe, name) is None
+    return moe is not None and name in _BRANCHES and getattr(moe, name) is None
 
 
 def _adds_a_branch(old: MoEConfig | None, new: MoEConfig) -> bool:
-    names = ("hyper", "shared_expert_ffn_hidden_size")
-    return old is not None and any(getattr(old, name) is None and getattr(new, name) is not None for name in names)
+    return old is not None and any(getattr(old, name) is None and getattr(new, name) is not None for name in _BRANCHES)
 
 
 def _same_groups(path: str, old: ModelConfig, new: ModelConfig) -> bool:

@@ -341,7 +341,7 @@ def test_logits_that_differ_or_a_full_disk_leave_nothing_behind(save: Save, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_synced", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ConversionError, match="No space left on device"):
         upcycle(source, config(MOE), tmp_path / "out", announce=lambda _: None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
