@@ -2,7 +2,7 @@
 and nothing of Megatron or DeepSpeed."""
 
 from moetrain.checkpoint.comm import Comm, SingleProcess, TorchDistributed
-from moetrain.checkpoint.compatibility import check_config
+from moetrain.checkpoint.compatibility import check_config, model_differences
 from moetrain.checkpoint.folders import find_step_folder
 from moetrain.checkpoint.manager import CheckpointManager
 from moetrain.checkpoint.manifest import Manifest, ShardRecord, merge_records
@@ -28,6 +28,7 @@ __all__ = [
     "flat_range_to_rects",
     "intersect",
     "merge_records",
+    "model_differences",
     "pieces_of",
     "read_rng",
     "rng_piece",

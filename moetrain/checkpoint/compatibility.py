@@ -71,6 +71,14 @@ def check_config(
     return notes
 
 
+def model_differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(dotted path, there, here, both as JSON) of every setting under `model` of two resolved configurations that
+    differs and makes the weights mean something else."""
+    for path, before, now in _differences(saved["model"], current["model"], "model"):
+        if path not in _MODEL_MAY_CHANGE:
+            yield path, _show(before), _show(now)
+
+
 def _of_a_new_start(current: dict[str, Any]) -> frozenset[str]:
     """Settings of the model that may differ when only weights are taken."""
     head = {"model.head", "model.head.outputs", "model.head.pooling", "model.seq_length"}

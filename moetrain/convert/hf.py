@@ -8,12 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +27,7 @@ from moetrain.convert.hf_config import hf_config, refuse_inexpressible, run_conf
 from moetrain.convert.mapping import TRAINING_ONLY, ParamMap, Shape, check_tensors
 from moetrain.convert.model_card import model_card
 from moetrain.convert.tokenizer import TokenizerFacts, named_tokenizer, write_tokenizer
+from moetrain.convert.whole_folder import appearing_whole, refuse_full_disk, refuse_nonempty
 from moetrain.errors import ConversionError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,16 +129,16 @@ def export_hf(
     Errors: ConversionError for a non-empty `out`, too little disk, a bad option, a checkpoint whose tensors are not
     those of its config, or a tokenizer that cannot be expressed exactly. Nothing stays behind then.
     """
-    _refuse_nonempty(out)
+    refuse_nonempty(out)
     plan = _plan(checkpoint, dtype, max_shard_size)
     weights = ModelWeights(checkpoint)
     check_tensors(weights, plan.map.ours())
-    _refuse_full_disk(out, plan.bytes)
+    refuse_full_disk(out, plan.bytes)
     announce(
         f"exporting step {checkpoint.step} to {out}: {plan.parameters:,} parameters, {plan.bytes / 1e9:.3f} GB "
         f"as {dtype} in {len(plan.split.filename_to_tensors)} file(s)"
     )
-    with _appearing_whole(out) as folder:
+    with appearing_whole(out) as folder:
         chosen = plan.run.data.tokenizer if tokenizer is None else named_tokenizer(tokenizer)
         facts = write_tokenizer(chosen, folder, plan.run.model.seq_length)
         _refuse_large_vocabulary(facts, plan.run)
@@ -216,7 +214,7 @@ def _write_configs(run: RunConfig, dtype: str, facts: TokenizerFacts, folder: Pa
     GenerationConfig(**ids).save_pretrained(folder)
 
 
-# --- refusals and the folder ----------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def _refuse_all_but_causal_models(run: RunConfig) -> None:
@@ -230,42 +228,9 @@ def _refuse_all_but_causal_models(run: RunConfig) -> None:
         )
 
 
-def _refuse_nonempty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConversionError(
-            f"{out} exists and is not an empty folder; nothing is overwritten: choose another, or delete it"
-        )
-
-
-def _refuse_full_disk(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
-    if free < needed:
-        raise ConversionError(f"{out} needs {needed / 1e9:.1f} GB for weights; its disk has {free / 1e9:.1f} GB free")
-
-
 def _refuse_large_vocabulary(facts: TokenizerFacts, run: RunConfig) -> None:
     if facts.size > run.model.vocab_size:
         raise ConversionError(
             f"the tokenizer has {facts.size} tokens; the model's embedding has {run.model.vocab_size} rows: "
             "it is not the tokenizer that the model was trained with"
         )
-
-
-@contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` if the block ends well, and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield draft
-        draft.chmod(0o777 & ~_umask())
-        draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's umask. `mkdtemp` ignores it, and an export that only its owner can read surprises all others."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -12,13 +12,16 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
+from moetrain.config.hypernetworks import moe_layers
 from moetrain.config.layout import ParallelLayout
-from moetrain.config.relatives import state_width
+from moetrain.config.relatives import gate_width, state_width
 from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
+from moetrain.moe.losses import balanced_load
 from moetrain.moe.router_state import RouterGRU
+from moetrain.moe.routing import build_router
 from moetrain.runtime.groups import ParallelGroups
 from moetrain.runtime.parameters import Block, ParameterInfo, Tie
 
@@ -175,7 +178,7 @@ def initialize(chunks: Sequence[Decoder], infos: Sequence[ParameterInfo], model:
                     _draw(f"{info.name}[{first + i}]", info.name, info.global_shape[1:], model, seed)
                 )
             continue
-        whole = _draw(info.name, info.name, info.global_shape, model, seed)
+        whole = initial_weight(info.name, info.global_shape, model, seed)
         row = 0
         for block in info.blocks:
             local = info.parameter[row : row + block.rows]
@@ -184,9 +187,34 @@ def initialize(chunks: Sequence[Decoder], infos: Sequence[ParameterInfo], model:
             row += block.rows
 
 
-def _draw(key: str, name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+def initial_weight(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+    """What `initialize` gives a parameter, whole and in fp32. Not for stacked experts, which are drawn one by one."""
+    return _draw(name, name, shape, model, seed)
+
+
+def initial_controllers(model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every controller of a new model by global name (as `named_controllers`), without building the model."""
+    if model.moe is None:
+        return
+    parts = {"mlp": 0} if model.moe.cartesian is None else {"mlp.first": 0, "mlp.second": 1}
+    for layer in moe_layers(model):
+        for part, sublayer in parts.items():
+            number = layer if model.moe.cartesian is None else 2 * layer + sublayer
+            router = build_router(model.moe, gate_width(model.moe, model.hidden_size), torch.float32, number)
+            for name, value in router.controllers():
+                yield f"decoder.layers.{layer}.{part}.router.{name}", value
+            if model.moe.aux_loss == "global_batch":
+                yield f"decoder.layers.{layer}.{part}.losses.load", balanced_load(model.moe)
+
+
+def seeded_generator(seed: int, key: str) -> torch.Generator:
+    """Random numbers as a pure function of (seed, key)."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _draw(key: str, name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+    generator = seeded_generator(seed, key)
     distribution, scale = _initial_distribution(name, model)
     if distribution == "constant":
         return torch.full(shape, scale)

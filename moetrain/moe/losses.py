@@ -32,6 +32,11 @@ class RouterLoss:
     total: Tensor
 
 
+def balanced_load(moe: MoEConfig) -> Tensor:
+    """Mean number of choices per token that each choice gets where the balance loss is least, fp32 [E]."""
+    return torch.tensor([moe.expected_choices * share for share in expected_shares(moe)], dtype=torch.float32)
+
+
 class RouterLosses(Controlled):
     """All auxiliary losses of a layer.
 
@@ -54,8 +59,7 @@ class RouterLosses(Controlled):
         super().__init__()
         self.moe, self.tensor_group = moe, tensor_group
         if moe.aux_loss == "global_batch":
-            balanced = [moe.expected_choices * share for share in expected_shares(moe)]
-            self.add_controller("load", torch.tensor(balanced, dtype=torch.float32))
+            self.add_controller("load", balanced_load(moe))
 
     def forward(self, decision: RoutingDecision, context: RoutingContext) -> RouterLoss:
         """Of one micro-batch.

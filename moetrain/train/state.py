@@ -48,9 +48,14 @@ def restore(step: TrainStep, reader: CheckpointReader, layout: dict[str, Any], l
     """Fill weights, moments, controllers and random states from a checkpoint of any layout. Collective.
 
     Raises:
-        CheckpointError: a tensor is absent or of another shape.
+        CheckpointError: a tensor is absent or of another shape, or the checkpoint holds weights alone.
     """
     assert step.optimizer is not None
+    if "optimizer_steps" not in reader.extra:
+        raise CheckpointError(
+            f"{reader.folder}: holds weights and no optimizer state (`moetrain upcycle` wrote it), so that no run can "
+            "resume from it; start a new one with checkpoint.load and checkpoint.load_weights_only=true"
+        )
     steps = int(reader.extra["optimizer_steps"])
     for fragment in step.optimizer.fragments():
         shard = ParameterShard.of(fragment.info)
