@@ -25,8 +25,9 @@ def encoder_config(layout: Layout = SINGLE, zero: int = 1, tied: bool = False, *
         "model__init_method_std": 0.25,  # flat attention would give every token the same importance
         "model__moe__router": ROUTER,
         "training__objective": {"type": "masked_lm"},
-        # Adam makes a whole step of a gradient that is nothing but rounding, unless eps is above it.
-        "optimizer__eps": 1e-6,
+        # Adam makes a whole step of a gradient that is nothing but rounding, unless eps is above it (at 1e-6 the
+        # hypernetwork's smallest bias, which starts at zero, differs by more than the bound).
+        "optimizer__eps": 1e-5,
     }
     if changes.get("model__moe", True) is None:
         del settings["model__moe__router"]
