@@ -40,10 +40,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """Of the run."""
         return Path(self.config.run.dir)
 
     @property
     def label(self) -> str:
+        """For people."""
         return f"{self.arm.name}, seed {self.seed}"
 
 

@@ -33,6 +33,7 @@ class Leak:
 
     @property
     def gap(self) -> float:
+        """What the routing's knowledge of the future was worth to the loss of training."""
         return self.decoding - self.training
 
 

@@ -7,6 +7,7 @@ point in the group `moetrain.routers`, whose value is the settings class; then i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import lru_cache, reduce
 from importlib.metadata import EntryPoint, entry_points
 from operator import or_
@@ -36,17 +37,17 @@ class RouterConfig(Section):
 
     type: str
 
+    @abstractmethod
     def selectable(self, num_experts: int) -> range:
         """The numbers of experts that a token may get."""
-        raise NotImplementedError
 
     def expected_mean_k(self, num_experts: int) -> float:
         """Mean number of experts per token, or its upper bound where only training can tell."""
         return float(self.selectable(num_experts)[-1])
 
+    @abstractmethod
     def describe(self, num_experts: int) -> str:
         """In a few words, how many experts a token gets and what decides it: "top 2"."""
-        raise NotImplementedError
 
     def problems(self, num_experts: int) -> list[str]:
         """What is wrong with these settings for a layer of `num_experts` experts, in sentences that begin with

@@ -110,11 +110,12 @@ def test_random_shapes_give_what_the_reference_gives(counts, hidden, width, dtyp
     ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
     tensors = make(ids, len(counts), hidden, width, dtype)
     grad = torch.randn(tensors[0].shape).to(dtype)
-    # A tensor of one or two elements may be what is left of a sum that cancels: its relative error is that of the sum's
-    # terms, enlarged. A row that is missing or misplaced is an error of order one.
-    bound = 2e-4 if dtype == torch.float32 else 0.1
     expected = in_double(tensors, ids, len(counts), grad)
-    assert max(largest_errors(run(tensors, ids, len(counts), grad), expected)) < bound
+    for error, tensor in zip(largest_errors(run(tensors, ids, len(counts), grad), expected), expected, strict=True):
+        # The few elements of a small tensor may all be what is left of sums that cancel: relative to them the error of
+        # the terms is enlarged. In bf16 that shows; a row that is missing or misplaced is an error of order one.
+        small = 0.1 if tensor.numel() < 128 else 2e-2
+        assert error < (5e-5 if dtype == torch.float32 else small), tuple(tensor.shape)
 
 
 @by_dtype
