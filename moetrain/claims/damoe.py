@@ -28,6 +28,15 @@ def damoe_study(base: RunConfig) -> Study:
     return Study("damoe", "DA-MoE", "arXiv 2409.06669", arms, _CLAIMS)
 
 
+def varying_arms(study: Study) -> list[str]:
+    """The decoders whose tokens get different numbers of experts."""
+    return [
+        arm.name
+        for arm in study.arms
+        if "model.type" not in arm.settings and arm.settings["model.moe.router"]["type"] != "top_k"
+    ]
+
+
 def _router(name: str, title: str, router: dict[str, Any], **more: Any) -> Arm:
     return Arm(name, title, {"model.moe.router": router}, **more)
 

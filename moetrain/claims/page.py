@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain.claims import plots
+from moetrain.claims.counts import Counts, mean_counts
 from moetrain.claims.findings import Compared, Finding, summarize
 from moetrain.claims.intervals import CONFIDENCE, NOISE
 from moetrain.claims.lab import Results
@@ -24,7 +25,7 @@ class Facts:
 
     Attributes:
         command, machine: how and on what it was made.
-        throughput: of HyperMoE, by size and then by form; `leak`: of DA-MoE, by arm.
+        throughput: of HyperMoE, by size and then by form; `leak`, `counts`: of DA-MoE, by arm, a value for each seed.
     """
 
     study: Study
@@ -36,6 +37,7 @@ class Facts:
     machine: str
     throughput: Mapping[str, Mapping[str, Ratio]]
     leak: Mapping[str, Sequence[Leak]]
+    counts: Mapping[str, Sequence[Counts]]
 
 
 def check_target(page: Path) -> None:
@@ -60,6 +62,8 @@ def write(page: Path, facts: Facts, findings: Sequence[Finding], results: Result
         *dict.fromkeys(c.comparison.arm for c in findings[0].compared),
     ]
     plots.curves(facts.study, results, first, pictures / "curves.svg")
+    if facts.counts:
+        plots.counts({arm: mean_counts(runs) for arm, runs in facts.counts.items()}, pictures / "counts.svg")
     draft = page.with_name(f".{page.name}.partial")
     draft.write_text(_MARK + "\n".join(_lines(facts, findings, results, pictures.name)) + "\n", encoding="utf-8")
     draft.replace(page)
@@ -95,6 +99,7 @@ def _lines(facts: Facts, findings: Sequence[Finding], results: Results, pictures
         *(line for finding in findings for line in _finding(finding)),
         *_throughput(facts.throughput),
         *_leak(facts.leak),
+        *_counts({arm: mean_counts(runs) for arm, runs in facts.counts.items()}, pictures),
         "## Arms",
         "",
         *_arms(study, results),
@@ -181,6 +186,41 @@ def _leak(by_arm: Mapping[str, Sequence[Leak]]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _counts(by_arm: Mapping[str, Counts], pictures: str) -> list[str]:
+    if not by_arm:
+        return []
+    rows = [
+        f"| {arm} | {_by_position(c)} | {_or_dash(c.with_own_loss)} | {_or_dash(c.with_next_loss)} | {_by_k(c)} |"
+        for arm, c in by_arm.items()
+    ]
+    return [
+        "## Which tokens get many experts",
+        "",
+        "Over held-out text, all layers, mean over seeds. Rank correlations (Spearman) of K with the loss of the token "
+        "itself and with that of the prediction made at it; and for each K the share of tokens and that prediction's "
+        "mean loss.",
+        "",
+        "| arm | mean K at positions 0, 1, 2-3, 4-7, ... | K and own loss | K and next loss | K: share, next loss |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"![K by position, and the loss where K experts were given]({pictures}/counts.svg)",
+        "",
+    ]
+
+
+def _by_position(counts: Counts) -> str:
+    return " ".join(f"{mean_k:.1f}" for mean_k in counts.by_position.values())
+
+
+def _by_k(counts: Counts) -> str:
+    return "; ".join(f"{k}: {share:.0%}, {loss:.2f}" for k, (share, loss) in counts.by_k.items())
+
+
+def _or_dash(correlation: float | None) -> str:
+    return "-" if correlation is None else f"{correlation:+.2f}"
 
 
 def _mean(values: Sequence[float]) -> float:

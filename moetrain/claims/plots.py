@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +12,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from moetrain.claims.counts import Counts
 from moetrain.claims.findings import Finding
 from moetrain.claims.intervals import NOISE
 from moetrain.claims.lab import Results
@@ -64,6 +65,25 @@ def curves(study: Study, results: Results, names: Sequence[str], path: Path) -> 
     axes.set_ylabel("training loss, nats per token")
     axes.grid(linewidth=0.4, alpha=0.5)
     axes.legend(fontsize="small")
+    _finish(figure, path)
+
+
+def counts(by_arm: Mapping[str, Counts], path: Path) -> None:
+    """Mean K by position (powers of two), and the loss of the predictions made where a token got K experts."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for number, (arm, c) in enumerate(by_arm.items()):
+        # Ten colors are told apart; then the same with another line.
+        look = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2], "linewidth": 1.3}
+        left.plot([low + 1 for low in c.by_position], list(c.by_position.values()), label=arm, **look)
+        right.plot(list(c.by_k), [loss for _, loss in c.by_k.values()], marker=".", **look)
+    left.set_xscale("log", base=2)
+    left.set_xlabel("position, counted from 1")
+    left.set_ylabel("mean K")
+    right.set_xlabel("K")
+    right.set_ylabel("loss of the prediction made there, nats")
+    for axes in (left, right):
+        axes.grid(linewidth=0.4, alpha=0.5)
+    figure.legend(loc="outside right center", fontsize="small")
     _finish(figure, path)
 
 

@@ -46,7 +46,8 @@ def ops(
     routing: Annotated[str | None, typer.Option(help=f"of {','.join(ROUTINGS)}")] = None,
     seq: Annotated[int | None, typer.Option(min=1, help="sequence length of the attention benchmarks")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help=f"measure these alone: {', '.join(BENCHMARKS)}")
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"measure these alone, commas or repeated: {', '.join(BENCHMARKS)}"),
     ] = None,
     budget: Annotated[
         float | None,
@@ -88,10 +89,9 @@ def _settings(device: str, lists: dict[str, str | None], numbers: dict[str, floa
             given[field] = split_choices(f"--{name}", text, legal)
         elif text is not None:
             given[name] = split_numbers(f"--{name}", text)
-    for name in only:
-        split_choices("--only", name, tuple(BENCHMARKS))
+    chosen = [name for names in only for name in split_choices("--only", names, tuple(BENCHMARKS))]
     cores = len(os.sched_getaffinity(0))
-    settings = replace(default_settings(device, cores), only=tuple(dict.fromkeys(only)), **given)
+    settings = replace(default_settings(device, cores), only=tuple(dict.fromkeys(chosen)), **given)
     _check(settings, cores)
     return settings
 

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from moetrain.claims.damoe import damoe_study
+from moetrain.claims.counts import Counts, measure_counts
+from moetrain.claims.damoe import damoe_study, varying_arms
 from moetrain.claims.findings import find
 from moetrain.claims.hypermoe import hyper_settings, hypermoe_study
 from moetrain.claims.lab import Lab, Results
@@ -81,7 +82,10 @@ def damoe(
     """D1-D6 of DA-MoE (arXiv 2409.06669), with the controls that could refute them."""
     call = _Call(damoe_study(_base(preset)), preset, out, seeds, corpus or [], jobs, page, quiet)
     call.train()
-    call.report(leak={arm: call.leaks(arm) for arm in ("leak", "fixed")})
+    call.report(
+        leak={arm: call.leaks(arm) for arm in ("leak", "fixed")},
+        counts={arm: call.counts(arm) for arm in varying_arms(call.study)},
+    )
 
 
 app.command()(glue)
@@ -125,10 +129,15 @@ class _Call:
         """Of every seed of an arm."""
         return [measure_leak(self.lab.folder / arm / f"seed-{seed}", _LEAK_SEQUENCES) for seed in self.seeds]
 
+    def counts(self, arm: str) -> list[Counts]:
+        """Of every seed of an arm."""
+        return [measure_counts(self.lab.folder / arm / f"seed-{seed}") for seed in self.seeds]
+
     def report(
         self,
         throughput: Mapping[str, Mapping[str, Ratio]] | None = None,
         leak: Mapping[str, Sequence[Leak]] | None = None,
+        counts: Mapping[str, Sequence[Counts]] | None = None,
     ) -> None:
         """The page, and its verdicts on the terminal."""
         findings = find(self.study, self.results)
@@ -142,6 +151,7 @@ class _Call:
             machine=f"{self.jobs} cores, {platform.machine()}, Python {platform.python_version()}",
             throughput=throughput or {},
             leak=leak or {},
+            counts=counts or {},
         )
         write(self.page, facts, findings, self.results)
         for finding in findings:

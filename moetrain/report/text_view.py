@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from moetrain.report.trace import (
     k_by_position,
     k_histogram,
     loss_by_k,
+    pooled,
     rank_correlation,
     typical_tokens,
 )
@@ -97,7 +98,7 @@ def _summaries(trace: RoutingTrace) -> dict[str, Any]:
     """By layer number, and "all": over the (token, layer) pairs."""
     summaries = {str(layer.layer): _summary(trace, layer) for layer in trace.layers}
     if len(trace.layers) > 1:
-        summaries["all"] = _summary(*_pooled(trace))
+        summaries["all"] = _summary(*pooled(trace))
     return summaries
 
 
@@ -115,23 +116,6 @@ def _summary(trace: RoutingTrace, layer: LayerTrace) -> dict[str, Any]:
             "next_nll": _correlation(k_N, trace.next_nll),
         },
     }
-
-
-def _pooled(trace: RoutingTrace) -> tuple[RoutingTrace, LayerTrace]:
-    """All layers as if they were one that sees every passage once for each."""
-    times = len(trace.layers)
-    reading = replace(trace.reading, passages=trace.reading.passages * times)
-    first = trace.layers[0]
-    importance = [layer.importance_N for layer in trace.layers]
-    pooled = LayerTrace(
-        layer=-1,
-        num_experts=first.num_experts,
-        num_selected_N=np.concatenate([layer.num_selected_N for layer in trace.layers]),
-        expert_ids_NK=np.concatenate([layer.expert_ids_NK for layer in trace.layers]),
-        weights_NK=np.concatenate([layer.weights_NK for layer in trace.layers]),
-        importance_N=None if any(i is None for i in importance) else np.concatenate(importance),  # pyright: ignore
-    )
-    return replace(trace, reading=reading, nll_N=np.tile(trace.nll_N, times)), pooled
 
 
 def _correlation(k_N: np.ndarray, nll_N: np.ndarray) -> float | None:

@@ -5,7 +5,7 @@ Legend: N tokens of all passages, one after another; K the most experts that a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -109,6 +109,23 @@ def rank_correlation(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     if a.std() == 0 or b.std() == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def pooled(trace: RoutingTrace) -> tuple[RoutingTrace, LayerTrace]:
+    """All layers as if they were one that sees every passage once for each."""
+    times = len(trace.layers)
+    reading = replace(trace.reading, passages=trace.reading.passages * times)
+    first = trace.layers[0]
+    importance = [layer.importance_N for layer in trace.layers]
+    pooled = LayerTrace(
+        layer=-1,
+        num_experts=first.num_experts,
+        num_selected_N=np.concatenate([layer.num_selected_N for layer in trace.layers]),
+        expert_ids_NK=np.concatenate([layer.expert_ids_NK for layer in trace.layers]),
+        weights_NK=np.concatenate([layer.weights_NK for layer in trace.layers]),
+        importance_N=None if any(i is None for i in importance) else np.concatenate(importance),  # pyright: ignore
+    )
+    return replace(trace, reading=reading, nll_N=np.tile(trace.nll_N, times)), pooled
 
 
 def typical_tokens(ids_N: np.ndarray, layer: LayerTrace, most: int) -> list[list[tuple[int, int]]]:

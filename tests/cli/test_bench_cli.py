@@ -26,7 +26,7 @@ def refusal(folder: Path, *words: str) -> str:
 
 
 def test_tables_go_to_the_terminal_and_to_a_page(tmp_path: Path) -> None:
-    chosen = ("--only", "fprop", "--only", "plan", "--dtype", "fp32", "--routing", "balanced,all_to_one")
+    chosen = ("--only", "fprop,plan", "--dtype", "fp32", "--routing", "balanced,all_to_one")
     result = bench(tmp_path, *TINY, *chosen, "--experts", "16", "--write", "ops.md")
     assert result.code == 0, result
     assert "fprop: Grouped product, forward" in result.stdout and "plan: Sorting slots by expert" in result.stdout

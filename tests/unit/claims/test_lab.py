@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from moetrain.claims.counts import Counts, mean_counts, measure_counts
 from moetrain.claims.findings import find, summarize
 from moetrain.claims.lab import Lab
 from moetrain.claims.leak import Leak
@@ -17,6 +19,7 @@ from moetrain.claims.throughput import Ratio
 from moetrain.config.loader import dump_yaml, load_config
 from moetrain.errors import ConfigError
 
+COUNTS = Counts({0: 1.5, 1: 2.0}, {1: (0.5, 3.0), 2: (0.5, 4.0)}, 0.2, None)
 PRESET = Path(__file__).parents[3] / "configs" / "claims" / "quick.yaml"
 SMALL = {"training.train_iters": 6, "training.log_interval": 2, "training.eval_iters": 2, "model.num_layers": 1}
 STUDY = Study(
@@ -77,9 +80,10 @@ def test_a_study_is_trained_compared_and_not_trained_twice(data: list[str], tmp_
         "| one | k = 1 | ",
         "| tiny | grouped | 1.10 | 1.05 to 1.20 |",
         "| one | 3.0000 | 3.2500 | +0.2500 |",
+        "| one | 1.5 2.0 | +0.20 | - | 1: 50%, 3.00; 2: 50%, 4.00 |",
     ):
         assert words in text, words
-    pictures = [tmp_path / "tiny" / f"{name}.svg" for name in ("differences", "losses", "curves")]
+    pictures = [tmp_path / "tiny" / f"{name}.svg" for name in ("differences", "losses", "curves", "counts")]
     before = [picture.read_bytes() for picture in pictures]
     check_target(page)
     write(page, facts(), [finding], results)
@@ -101,7 +105,29 @@ def facts() -> Facts:
         machine="a machine",
         throughput={"tiny": {"grouped": Ratio(1.1, 1.05, 1.2)}},
         leak={"one": [Leak(3.0, 3.25), Leak(3.0, 3.25)]},
+        counts={"one": [COUNTS, COUNTS]},
     )
+
+
+def test_a_run_of_a_fixed_k_gives_all_its_tokens_that_k(data: list[str], tmp_path: Path) -> None:
+    lab(data, tmp_path).train(2, lambda label: None)
+    counts = measure_counts(tmp_path / "one" / "seed-1")
+    assert set(counts.by_position) >= {0, 1, 2, 4, 8, 16, 32} and set(counts.by_position.values()) == {1.0}
+    assert list(counts.by_k) == [1]
+    share, loss = counts.by_k[1]
+    assert share == 1.0 and 0 < loss < 7
+    assert counts.with_own_loss is None and counts.with_next_loss is None
+
+
+def test_counts_of_seeds_are_averaged_and_a_loss_by_its_tokens() -> None:
+    other = Counts({0: 2.5, 1: 3.0}, {2: (0.25, 6.0), 3: (0.75, float("nan"))}, 0.4, None)
+    mean = mean_counts([COUNTS, other])
+    assert mean.by_position == {0: 2.0, 1: 2.5}
+    # Of two runs one has k = 1, at half of its tokens; k = 2 weighs 0.5 and 0.25; no prediction was made at k = 3.
+    assert mean.by_k[1] == (0.25, 3.0)
+    assert mean.by_k[2] == pytest.approx((0.375, (0.5 * 4.0 + 0.25 * 6.0) / 0.75))
+    assert mean.by_k[3][0] == 0.375 and math.isnan(mean.by_k[3][1])
+    assert mean.with_own_loss == pytest.approx(0.3) and mean.with_next_loss is None
 
 
 def test_a_page_that_is_no_report_is_not_overwritten(tmp_path: Path) -> None:
