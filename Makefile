@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 SOURCES := pyproject.toml $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt \))
 TORCH ?= torch==2.13.0
 
-.PHONY: setup test demo parity-table lint format types imports docs check clean
+.PHONY: setup test demo parity-table lattice-table lint format types imports docs check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -37,6 +37,9 @@ demo: setup
 
 parity-table: setup
 	OMP_NUM_THREADS=1 MOETRAIN_WRITE_TABLES=1 $(PY) -m pytest -q tests/distributed/test_layout_parity.py
+
+lattice-table: setup
+	OMP_NUM_THREADS=1 MOETRAIN_WRITE_TABLES=1 $(PY) -m pytest -q tests/distributed/test_lattice.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

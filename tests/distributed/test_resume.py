@@ -1,10 +1,9 @@
-"""Six steps are three steps, a checkpoint, new processes and three more: to the bit on the same layout, within the
-parity bound on any other."""
+"""Six steps are three steps, a checkpoint, new processes and three more, to the bit on the same layout. What happens on
+another one is in test_lattice.py."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -70,40 +69,6 @@ def test_resume_on_the_same_layout_is_exact_to_the_bit(layout: str, zero: int, t
     assert torch.equal(after["rng"], whole["rng"])
     for name, weight in whole["weights"].items():
         assert torch.equal(after["weights"][name], weight), name
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A checkpoint of step 3 made on pp2 x ep2 with ZeRO-1, tied, and the uninterrupted run on one process."""
-    folder = tmp_path_factory.mktemp("saved")
-    run("pp2 x ep2", 1, True, folder, 0, HALF)
-    return folder, run("single", 1, True, tmp_path_factory.mktemp("whole"), 0, STEPS)
-
-
-@pytest.mark.parametrize(
-    ("layout", "zero"),
-    [
-        ("single", 0),
-        ("dp2", 2),
-        ("tp2", 1),
-        ("tp2+sp x ep2", 2),
-        ("pp2 interleaved", 1),
-        ("ep4", 0),
-        ("tp2+sp x pp2 x ep2", 2),
-    ],
-)
-def test_resume_on_another_layout_keeps_the_trajectory(
-    layout: str, zero: int, saved: tuple[Path, dict], tmp_path: Path
-) -> None:
-    folder, whole = saved
-    shutil.copytree(folder, tmp_path / "run")
-    after = run(layout, zero, True, tmp_path / "run", HALF, STEPS)
-    for kind in ("losses", "norms"):
-        for mine, reference in zip(after[kind], whole[kind][HALF:], strict=True):
-            assert abs(mine - reference) / abs(reference) <= 1e-5
-    assert after["controllers"] == whole["controllers"]
-    for name, weight in whole["weights"].items():
-        assert float((after["weights"][name] - weight).norm() / weight.norm()) <= 1e-5, name
 
 
 def run_biased(layout: Layout, folder: Path, first: int, last: int) -> dict:
