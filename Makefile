@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 SOURCES := pyproject.toml $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt \))
 TORCH ?= torch==2.13.0
+# A file's tests stay on one worker, since many share what is expensive to make.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: setup test demo parity-table lattice-table lint format types imports docs check clean
 .DEFAULT_GOAL := setup

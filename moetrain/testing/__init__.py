@@ -44,7 +44,7 @@ def check_router(settings: RouterConfig, num_experts: int = 8, hidden_size: int 
     check_promises(settings, num_experts, hidden_size, seed)
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600.0) -> list[Any]:
     """Call `function(*args)` in `world_size` processes joined by gloo; the results, in rank order.
 
     `function` must be importable (defined at module level) and its results picklable. The tracebacks of failing ranks
@@ -101,7 +101,7 @@ class CliResult:
 
 
 def run_cli(
-    argv: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 120.0
+    argv: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 240.0
 ) -> CliResult:
     """`moetrain *argv` in the folder `cwd`, in a process of its own that begins with everything imported.
 
@@ -146,9 +146,9 @@ def _run_rank(
     )
     try:
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60)
+            "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=120)
         )
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
         result = function(*args)
         dist.barrier()
         outcome = (True, result)

@@ -56,7 +56,7 @@ def call(root: Path, *words: str) -> Finished:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1200,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
         cwd=root.parent,
     )

@@ -207,7 +207,7 @@ def many_iterations() -> float:
 
 
 def test_two_hundred_uneven_dispatches_and_backwards_on_four_ranks_do_not_hang() -> None:
-    seconds = max(run_distributed(many_iterations, 4, timeout=60.0))
+    seconds = max(run_distributed(many_iterations, 4, timeout=180.0))
     print(f"200 iterations took {seconds:.1f} s")
 
 
