@@ -159,13 +159,13 @@ def to_json(report: Report) -> dict[str, Any]:
     return {"command": report.settings.command(), **asdict(report)}
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, mark: str = MARK) -> None:
     """Before anything is measured. ConfigError unless `path` can be written, and holds nothing but an older table."""
     if not path.parent.is_dir():
         raise ConfigError(f"--write {path}: the folder {path.parent} is not there")
     if path.is_dir():
         raise ConfigError(f"--write {path} is a folder; name a file")
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError(f"--write {path}: the file is there and was not written by this command; name another")
 
 

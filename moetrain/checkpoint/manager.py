@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +11,11 @@ from typing import Any
 
 from moetrain.checkpoint import folders
 from moetrain.checkpoint.comm import Comm, together
+from moetrain.checkpoint.files import OS_FILES, Files
+from moetrain.checkpoint.integrity import check_size, check_sum
 from moetrain.checkpoint.manifest import Manifest, ShardRecord, merge_records
 from moetrain.checkpoint.reader import CheckpointReader
+from moetrain.checkpoint.retention import Retention, ranked, survey
 from moetrain.checkpoint.store import Piece, save_shard
 from moetrain.errors import CheckpointError
 
@@ -25,16 +27,34 @@ class CheckpointManager:
 
     All public methods are collectives over `comm`: every rank calls them with the same arguments (each with its own
     `pieces`) and every rank gets the same result or the same CheckpointError.
+
+    `keep_last`, `keep_every`, `keep_best`: see `Retention`. A save always looks whether its files have their length;
+    with `checksum_after_write` it also reads them back. `files` does what is done to the disk.
     """
 
-    def __init__(self, root: Path | str, keep_last: int, comm: Comm) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last ({keep_last}) must be at least 1")
+    def __init__(
+        self,
+        root: Path | str,
+        keep_last: int,
+        comm: Comm,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+        checksum_after_write: bool = False,
+        files: Files = OS_FILES,
+    ) -> None:
         self.root = Path(root)
-        self.keep_last = keep_last
+        self.retention = Retention(keep_last, keep_every, keep_best)
         self.comm = comm
+        self.checksum_after_write = checksum_after_write
+        self.files = files
+        #: Bytes in the shard files of the last save, over all ranks.
+        self.saved_bytes = 0
         #: Why newer checkpoints were passed over by the last `latest()` or `open()`, newest first.
         self.skipped: list[str] = []
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.root / folders.step_name(step)
 
     def save(
         self,
@@ -50,20 +70,21 @@ class CheckpointManager:
         `pieces` may be lazy: an error while producing them is agreed on like any other. On any rank's failure (disk
         full, an element owned by none or by two) all ranks raise CheckpointError, and the folder is as it was.
         A sound checkpoint of the same step is never replaced; a damaged one is set aside under `damaged-...`.
+        Once the checkpoint stands, what follows (pointers, deletion of old ones) is told as a warning if it fails.
         """
-        target = self.root / folders.step_name(step)
+        target = self.folder(step)
         token = self.comm.broadcast_object(secrets.token_hex(4))
         temporary = self.root / f"{folders.TEMPORARY}{target.name}-{token}"
         with ExitStack() as held:
             with together(self.comm, f"start saving {target}"):
-                if self._leads and held.enter_context(folders.exclusive(self.root)):
-                    folders.remove_dead_saves(self.root)
+                if self._leads and held.enter_context(folders.exclusive(self.root, self.files)):
+                    folders.remove_dead_saves(self.root, self.files)
             self._make_way(target, token)
             try:
                 self._write(temporary, target, token, pieces, (step, consumed_samples, config, layout, extra))
             finally:
                 if self._leads:
-                    shutil.rmtree(temporary, ignore_errors=True)
+                    folders.discard(temporary, self.files)
             with together(self.comm, f"remove old checkpoints in {self.root}"):
                 if self._leads:
                     self._retire(step, token)
@@ -148,34 +169,51 @@ class CheckpointManager:
             raise CheckpointError(f"{target} already is a complete checkpoint; move it away or save another step")
         with together(self.comm, f"set {target} aside"):
             if self._leads:
-                aside = folders.set_aside(target, token)
+                aside = folders.set_aside(target, token, self.files)
                 logger.warning("moved a damaged checkpoint to %s: %s", aside, reason)
 
     def _write(self, temporary: Path, target: Path, token: str, pieces: Iterable[Piece], head: tuple) -> None:
         with together(self.comm, f"create {temporary}"):
             if self._leads:
-                temporary.mkdir()
+                self.files.make_folder(temporary)
         with together(self.comm, f"write {target}"):
-            record = save_shard(temporary, self.comm.rank, pieces)
+            record = save_shard(temporary, self.comm.rank, pieces, files=self.files)
+            self._verify(temporary, record)
         gathered = self.comm.gather_objects(record.to_json())
         with together(self.comm, f"commit {target}"):
             if gathered is not None:
                 parts = [ShardRecord.from_json(part, f"rank {rank}") for rank, part in enumerate(gathered)]
                 merged = merge_records(parts)
                 _require_visible(temporary, merged)
-                folders.commit(temporary, target, Manifest(*head, record=merged).to_bytes(), token)
+                folders.commit(temporary, target, Manifest(*head, record=merged).to_bytes(), token, self.files)
+                self.saved_bytes = sum(file.bytes for file in merged.files.values())
+        self.saved_bytes = self.comm.broadcast_object(self.saved_bytes)
+
+    def _verify(self, folder: Path, record: ShardRecord) -> None:
+        """Whether what this rank wrote is there: a disk that lies is told from one that does not while the state is
+        still in memory."""
+        for name, file in record.files.items():
+            check_size(folder / name, file.bytes)
+            if self.checksum_after_write:
+                check_sum(folder / name, file, self.files, from_disk=True)
 
     def _retire(self, step: int, token: str) -> None:
-        """Delete sound checkpoints older than the one just saved, but for the newest `keep_last - 1` of them."""
-        kept = 1
-        for other, folder in folders.step_folders(self.root):
-            if other > step:
-                logger.warning("%s is newer than the checkpoint just saved (step %d)", folder, step)
-            if other >= step or not _is_complete(folder):
-                continue
-            kept += 1
-            if kept > self.keep_last:
-                folders.remove_checkpoint(folder, token)
+        """Renew `best`, and delete what no rule keeps of the sound checkpoints up to the one just saved."""
+        try:
+            saved = survey(self.root)
+        except OSError as error:
+            logger.warning("old checkpoints in %s could not be looked through: %s", self.root, error)
+            return
+        for newer in (one for one in saved if one.step > step):
+            logger.warning("%s is newer than the checkpoint just saved (step %d)", newer.folder, step)
+        saved = [one for one in saved if one.step <= step]
+        if self.retention.best and (best := ranked(saved)):
+            folders.point(self.root, folders.BEST, best[0].folder, token, self.files)
+        for old in self.retention.doomed(saved, folders.pointed_names(self.root)):
+            try:
+                folders.remove_checkpoint(old.folder, token, self.files)
+            except OSError as error:
+                logger.warning("the old checkpoint %s could not be removed: %s", old.folder, error)
 
     def _tell_skipped(self, reasons: list[str], found: str | None) -> None:
         self.skipped = reasons
@@ -184,14 +222,6 @@ class CheckpointManager:
         if self._leads:
             for reason in reasons:
                 logger.warning("passed over a damaged checkpoint, using %s instead: %s", found, reason)
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        CheckpointReader(folder, verify="size")
-    except CheckpointError:
-        return False
-    return True
 
 
 def _require_visible(folder: Path, record: ShardRecord) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import stat
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moetrain.checkpoint.integrity import check_size, check_sum
 from moetrain.checkpoint.manifest import DTYPES, Manifest, ShardEntry, TensorEntry
 from moetrain.checkpoint.rectangles import Rect, Shape, intersect
 from moetrain.errors import CheckpointError
@@ -114,16 +113,9 @@ class CheckpointReader:
         CheckpointError names the file, what was expected and what was found. Ranks may each check a part of `files()`.
         """
         for name in self.files() if names is None else names:
-            expected = self.manifest.record.files[name]
             self._require_size(name)
-            if not checksum:
-                continue
-            with (self.folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected.sha256:
-                raise CheckpointError(
-                    f"{self.folder / name}: damaged: sha256 is {found}, the manifest says {expected.sha256}"
-                )
+            if checksum:
+                check_sum(self.folder / name, self.manifest.record.files[name])
 
     def close(self) -> None:
         """Unmap all files. Reading again maps them again."""
@@ -182,14 +174,4 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder / name}: damaged, not a safetensors file: {error}") from error
 
     def _require_size(self, name: str) -> None:
-        path, expected = self.folder / name, self.manifest.record.files[name].bytes
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing; the manifest says {expected} bytes") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: must be a regular file, not a link, folder or device")
-        if status.st_size != expected:
-            raise CheckpointError(f"{path}: has {status.st_size} bytes; the manifest says {expected}")
+        check_size(self.folder / name, self.manifest.record.files[name].bytes)

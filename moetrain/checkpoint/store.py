@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.files import OS_FILES, Files, write_all
 from moetrain.checkpoint.manifest import (
     DTYPES,
     MAX_DIMS,
@@ -66,41 +66,30 @@ class Piece:
         return f"{self.name}@{','.join(map(str, self.offset))}"
 
 
-def save_shard(folder: Path, rank: int, pieces: Iterable[Piece], max_file_bytes: int = MAX_FILE_BYTES) -> ShardRecord:
+def save_shard(
+    folder: Path,
+    rank: int,
+    pieces: Iterable[Piece],
+    max_file_bytes: int = MAX_FILE_BYTES,
+    files: Files = OS_FILES,
+) -> ShardRecord:
     """Write a rank's pieces to `shard-<rank>.safetensors` (`shard-<rank>-001...` when above `max_file_bytes`).
 
     On return the files are on disk (fsync). Holds one piece in host memory at a time, and none that already is there.
     No communication. Raises CheckpointError for an ill-formed piece, OSError when the disk refuses; never overwrites.
     """
     owned = _checked(pieces)
-    files: dict[str, FileEntry] = {}
+    written: dict[str, FileEntry] = {}
     tensors: dict[str, tuple[str, Shape, list[ShardEntry]]] = {}
     for piece in owned:
         tensors.setdefault(piece.name, (dtype_name(piece.tensor.dtype), tuple(piece.global_shape), []))
     for number, batch in enumerate(_batches(owned, max_file_bytes)):
         name = f"shard-{rank:05d}.safetensors" if number == 0 else f"shard-{rank:05d}-{number:03d}.safetensors"
-        files[name] = _write_file(folder / name, batch)
+        written[name] = _write_file(folder / name, batch, files)
         for piece in batch:
             tensors[piece.name][2].append(ShardEntry(name, piece.key, piece.rect))
     entries = {name: TensorEntry(dtype, shape, tuple(shards)) for name, (dtype, shape, shards) in tensors.items()}
-    return ShardRecord(entries, files)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new small file and wait until it is on disk. FileExistsError when it exists."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries (creations, renames) are on disk; without this a rename can outrun its file."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return ShardRecord(entries, written)
 
 
 def _checked(pieces: Iterable[Piece]) -> list[Piece]:
@@ -140,18 +129,22 @@ def _batches(pieces: list[Piece], max_file_bytes: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _write_file(path: Path, pieces: list[Piece]) -> FileEntry:
-    digest = hashlib.sha256()
-    with path.open("xb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
-        for block in _file_blocks(pieces):
-            for start in range(0, len(block), _CHUNK_BYTES):
-                chunk = block[start : start + _CHUNK_BYTES]
-                hashed = hasher.submit(digest.update, chunk)
-                file.write(chunk)
-                hashed.result()
-        file.flush()
-        os.fsync(file.fileno())
-        return FileEntry(file.tell(), digest.hexdigest())
+def _write_file(path: Path, pieces: list[Piece], files: Files) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
+    descriptor = files.create(path)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            for block in _file_blocks(pieces):
+                for start in range(0, len(block), _CHUNK_BYTES):
+                    chunk = block[start : start + _CHUNK_BYTES]
+                    hashed = hasher.submit(digest.update, chunk)
+                    write_all(descriptor, chunk, files)
+                    hashed.result()
+                size += len(block)
+        files.sync(descriptor)
+    finally:
+        files.close(descriptor)
+    return FileEntry(size, digest.hexdigest())
 
 
 def _file_blocks(pieces: list[Piece]) -> Iterator[memoryview]:

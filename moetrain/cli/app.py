@@ -28,10 +28,11 @@ VERBS = {
     "train": Verb("moetrain.cli.train", "Train: one rank of a run; started by torchrun or `moetrain launch`."),
     "launch": Verb("moetrain.cli.launch", "Start the ranks of a run: on this machine or through Slurm."),
     "report": Verb("moetrain.cli.report", "A run as one HTML page: curves, load of the experts, routing of real text."),
+    "ckpt": Verb("moetrain.cli.ckpt", "List, look into, check, compare and thin out checkpoints."),
     "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face."),
     "upcycle": Verb("moetrain.cli.upcycle", "A dense or MoE checkpoint as the start of a larger model, same logits."),
     "demo": Verb("moetrain.cli.demo", "From text to an exported model on this machine, in minutes."),
-    "bench": Verb("moetrain.cli.bench", "Our operators against those of others, measured on this machine."),
+    "bench": Verb("moetrain.cli.bench", "Our operators against those of others, and saves, measured on this machine."),
     "claims": Verb("moetrain.cli.claims", "The papers' claims, tested on this machine."),
     "doctor": Verb("moetrain.cli.doctor", "What is installed, what is missing, and what each piece changes."),
 }

@@ -1,10 +1,11 @@
-"""`moetrain bench`: our operators against those of others, on this machine."""
+"""`moetrain bench`: our operators against those of others, and what a save costs, on this machine."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +26,7 @@ from moetrain.errors import ConfigError
 
 _CHOICES = {"dtype": ("dtypes", DTYPES), "routing": ("routing", ROUTINGS)}
 
-app = typer.Typer(no_args_is_help=True, help="Our operators against those of others, measured on this machine.")
-
-
-@app.callback()
-def _bench() -> None:
-    """Without it, typer would make the only command the verb itself."""
+app = typer.Typer(no_args_is_help=True, help="Operators against those of others, and saves, measured on this machine.")
 
 
 @app.command()
@@ -75,6 +71,41 @@ def ops(
         typer.echo(json.dumps(to_json(report), indent=2))
     else:
         _print(report)
+
+
+@app.command()
+def checkpoint(
+    sizes: Annotated[str, typer.Option(help="megabytes of state, such as 10,100,1000")] = "10,30,100,300,1000",
+    folder: Annotated[Path, typer.Option(help="on the disk to measure; nothing stays in it")] = Path(),
+    rounds: Annotated[int, typer.Option(min=1, help="of each size")] = 5,
+    write_to: Annotated[Path | None, typer.Option("--write", help="write a Markdown page of the table")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON with every time instead of a table")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress on standard error")] = False,
+) -> None:
+    """Measure how long a save in the background stalls training, against a synchronous one and a plain copy."""
+    megabytes = split_numbers("--sizes", sizes)
+    from moetrain.bench import saves
+
+    if write_to is not None:
+        check_target(write_to, saves.MARK)
+    started = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    times = saves.measure_saves(
+        [n * 10**6 for n in megabytes], folder, rounds, lambda what: typer.echo(what, err=True) if not quiet else None
+    )
+    command = f"moetrain bench checkpoint --sizes {','.join(map(str, megabytes))} --rounds {rounds}"
+    report = saves.report_of(times, command, started)
+    if write_to is not None:
+        saves.write(report, write_to)
+    if as_json:
+        typer.echo(json.dumps(saves.to_json(report), indent=2))
+        return
+    head, *rows = saves.table(report)
+    shown = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print(Text(f"{saves.HOW_TO_READ}\n{saves.machine_line(report)}"))
 
 
 def _settings(device: str, lists: dict[str, str | None], numbers: dict[str, float | None], only: list[str]) -> Settings:

@@ -106,7 +106,7 @@ def train_and_kill(files: Files, processes: int, kill_at: int) -> dict[str, Any]
     """Train until a step from `kill_at` on, past a checkpoint, is logged; then SIGKILL every process of the launch."""
     started = time.time()
     launched = _launch(files, processes, [])
-    while (reached := _logged_step(files, started)) < kill_at or reached <= _saved_step(files):
+    while (reached := _logged_step(files, started)) < kill_at or not 0 < _saved_step(files) < reached:
         if launched.returncode is not None:
             _refuse_failure(launched.returncode)
             raise MoetrainError(f"the run ended by itself after step {reached}: call again to go on, or with --fresh")

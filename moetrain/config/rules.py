@@ -19,6 +19,7 @@ def section_problems(config: RunConfig) -> Iterator[str]:
     yield from _combination_problems(config)
     yield from _objective_problems(config)
     yield from _schedule_problems(config)
+    yield from _retention_problems(config)
 
 
 def _shard_problems(config: RunConfig) -> Iterator[str]:
@@ -129,4 +130,25 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"optimizer.schedule.warmup_iters + optimizer.schedule.decay_iters ({schedule.warmup_iters} + "
             f"{schedule.decay_iters}) must not exceed training.train_iters ({iters})"
+        )
+
+
+def _retention_problems(config: RunConfig) -> Iterator[str]:
+    """Whether the checkpoints that are to be kept are ever made, and known to be the best."""
+    checkpoint, training = config.checkpoint, config.training
+    every, interval = checkpoint.keep_every, checkpoint.save_interval
+    if every is not None and (not interval or every % interval):
+        yield (
+            f"checkpoint.keep_every ({every}) must be a multiple of checkpoint.save_interval ({interval}), which must "
+            "be at least 1"
+        )
+    if not checkpoint.keep_best:
+        return
+    if not training.eval_iters:
+        yield f"checkpoint.keep_best ({checkpoint.keep_best}) needs validation; training.eval_iters is 0"
+    if interval and (not training.eval_interval or interval % training.eval_interval):
+        yield (
+            f"checkpoint.keep_best ({checkpoint.keep_best}) needs a validation with each save: "
+            f"checkpoint.save_interval ({interval}) must be a multiple of training.eval_interval "
+            f"({training.eval_interval}), which must be at least 1"
         )

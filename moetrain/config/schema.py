@@ -465,7 +465,30 @@ class CheckpointConfig(Section):
     """Sharded checkpoints that any layout can resume."""
 
     save_interval: Count = Field(default=0, description="iterations between saves; 0: only at the end")
-    keep_last: PositiveInt = 3
+    keep_last: PositiveInt = Field(default=3, description="newest checkpoints to keep")
+    keep_every: PositiveInt | None = Field(
+        default=None, description="also keep every checkpoint whose iteration this divides; a multiple of save_interval"
+    )
+    keep_best: Count = Field(
+        default=0,
+        description="also keep so many with the lowest validation loss, the best of which the file `best` names; every "
+        "save must have been validated: save_interval a multiple of training.eval_interval",
+    )
+    async_save: bool = Field(
+        default=True,
+        description="write while training goes on: it waits for a copy of this rank's share to host memory (12 bytes "
+        "per parameter that the rank owns, held from the first save on); false: training waits for the disk",
+    )
+    verify_after_write: Literal["size", "checksum"] = Field(
+        default="size",
+        description="before a save is committed: whether each file has its length, or also whether it reads back as it "
+        "was written (costs reading it from disk)",
+    )
+    max_failed_saves: PositiveInt = Field(
+        default=3,
+        description="in a row, before the run gives up; fewer are told in log and metrics. The last save of a run must "
+        "not fail",
+    )
     resume: Literal["auto", "never"] = Field(
         default="auto", description="auto: this run's newest sound checkpoint, if any"
     )

@@ -20,9 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.files import OS_FILES, write_synced
 from moetrain.checkpoint.manifest import MANIFEST_NAME, Manifest, ShardRecord, merge_records
 from moetrain.checkpoint.reader import CheckpointReader
-from moetrain.checkpoint.store import Piece, save_shard, sync_folder, write_synced
+from moetrain.checkpoint.store import Piece, save_shard
 from moetrain.config.loader import config_from_dict, config_to_dict
 from moetrain.config.schema import RunConfig
 from moetrain.config.size import parameter_shapes
@@ -118,7 +119,7 @@ def upcycle(
         with appearing_whole(out) as folder:
             _write(folder, _pieces(source, target, weights, transition, noise), source, target)
             difference = _compare(source, folder, must_agree=not changes) if verify else None
-        sync_folder(out.absolute().parent)
+        OS_FILES.sync_folder(out.absolute().parent)
     except OSError as error:
         raise ConversionError(f"upcycling to {out} failed: {error}") from error
     return UpcycleReport(out, parameters, Counter(weight.source for weight in weights), changes, difference)
@@ -210,7 +211,7 @@ def _write(folder: Path, pieces: Iterator[Piece], source: CheckpointReader, targ
         extra["tokenizer"] = source.extra["tokenizer"]
     manifest = Manifest(0, 0, config_to_dict(target), {"description": "upcycled"}, extra, record)
     write_synced(folder / MANIFEST_NAME, manifest.to_bytes())
-    sync_folder(folder)
+    OS_FILES.sync_folder(folder)
 
 
 def _write_shards(folder: Path, pieces: Iterator[Piece]) -> ShardRecord:

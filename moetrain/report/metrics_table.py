@@ -116,6 +116,8 @@ def read_metrics(path: Path) -> MetricsTable:
     *lines, torn = data.split(b"\n")
     for line in (*lines, torn):
         row = _row_of(line)
+        if row is not None and row.kind == "checkpoint":
+            continue  # written when a save is over, by when training may be steps further
         if row is not None:
             _drop_what_it_replaces(rows, row)
             rows.append(row)
@@ -141,7 +143,7 @@ def _row_of(line: bytes) -> Row | None:
         tree = json.loads(line)
     except ValueError:  # a UnicodeDecodeError is one
         return None
-    if not isinstance(tree, dict) or tree.get("kind") not in ("train", "eval"):
+    if not isinstance(tree, dict) or tree.get("kind") not in ("train", "eval", "checkpoint"):
         return None
     iteration = tree.get("iteration")
     if not isinstance(iteration, int) or isinstance(iteration, bool):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moetrain.config.schema import RunConfig
-from moetrain.train.metrics import EvalReport, StepReport, Throughput
+from moetrain.train.metrics import EvalReport, SaveReport, StepReport, Throughput
 
 if TYPE_CHECKING:
     from moetrain.config.layout import ParallelLayout
@@ -73,8 +73,8 @@ class Callback:
     def on_evaluate(self, trainer: TrainerView, report: EvalReport) -> None:
         """A validation is complete."""
 
-    def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
-        """The checkpoint in `path` is committed."""
+    def on_checkpoint(self, trainer: TrainerView, report: SaveReport) -> None:
+        """A save is over: `report.path` is committed, or `report.error` says why not. Training may be steps further."""
 
     def on_train_end(self, trainer: TrainerView) -> None:
         """The run leaves cleanly: it is finished, or has been asked to stop."""

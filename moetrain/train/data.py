@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,14 @@ from moetrain.errors import DataError
 @dataclass(frozen=True)
 class RunData:
     """`valid` is None without validation, and `unigram_entropy` (nats per token of the validation labels) also for
-    sequence tasks. `valid_batches` is how many global batches a validation reads."""
+    sequence tasks. `valid_batches` is how many global batches a validation reads.
+
+    `train` holds `train_iters` global batches. A run that resumes with another batch size may need more, and asks
+    `train_of` for as many as it needs: the same stream, further. Collective, as `open_data`.
+    """
 
     train: SampleDataset
+    train_of: Callable[[int], SampleDataset]
     valid: SampleDataset | None
     valid_batches: int
     tokenizer_fingerprint: str
@@ -39,24 +45,29 @@ def open_data(config: RunConfig, rank: int) -> RunData:
         return _open_examples(config, objective, tokenizer)
     if isinstance(objective, MaskedLMConfig):
         mask_id(tokenizer)  # before minutes of indexing
+
+    def build(train_samples: int, valid_samples: int) -> tuple[SampleDataset, SampleDataset | None]:
+        datasets = build_datasets(
+            config.data,
+            config.model.seq_length,
+            (train_samples, valid_samples, 0),
+            training.seed,
+            tokenizer,
+            config.model.vocab_size,
+            Path(config.data.cache_dir or Path(config.run.dir) / "data-cache"),
+            scan_tokens=rank == 0,
+        )
+        train, valid = datasets.train, datasets.valid
+        assert train is not None
+        if not isinstance(objective, MaskedLMConfig):
+            return train, valid
+        masked = MaskedDataset(train, objective, tokenizer, training.seed, stream=0)
+        return masked, None if valid is None else MaskedDataset(valid, objective, tokenizer, training.seed, stream=1)
+
     valid_samples = training.eval_iters * training.global_batch_size
-    datasets = build_datasets(
-        config.data,
-        config.model.seq_length,
-        (training.train_iters * training.global_batch_size, valid_samples, 0),
-        training.seed,
-        tokenizer,
-        config.model.vocab_size,
-        Path(config.data.cache_dir or Path(config.run.dir) / "data-cache"),
-        scan_tokens=rank == 0,
-    )
-    train, valid = datasets.train, datasets.valid
-    assert train is not None
-    if isinstance(objective, MaskedLMConfig):
-        train = MaskedDataset(train, objective, tokenizer, training.seed, stream=0)
-        valid = MaskedDataset(valid, objective, tokenizer, training.seed, stream=1) if valid is not None else None
+    train, valid = build(training.train_iters * training.global_batch_size, valid_samples)
     entropy = unigram_entropy(valid, valid_samples) if valid is not None else None
-    return RunData(train, valid, training.eval_iters, tokenizer.fingerprint, entropy)
+    return RunData(train, lambda n: build(n, 0)[0], valid, training.eval_iters, tokenizer.fingerprint, entropy)
 
 
 def _open_examples(config: RunConfig, objective: ClassifyConfig | RegressConfig, tokenizer: Tokenizer) -> RunData:
@@ -69,9 +80,13 @@ def _open_examples(config: RunConfig, objective: ClassifyConfig | RegressConfig,
         )
     how = (objective, tokenizer, model.seq_length, model.head.pooling == "first")
     train = read_examples([Path(entry.path) for entry in config.data.train], *how)
-    shuffled = ShuffledExamples(train, training.train_iters * training.global_batch_size, training.seed)
+
+    def shuffled(samples: int) -> SampleDataset:
+        return ShuffledExamples(train, samples, training.seed)
+
+    samples = shuffled(training.train_iters * training.global_batch_size)
     if not training.eval_iters:
-        return RunData(shuffled, None, 0, tokenizer.fingerprint, None)
+        return RunData(samples, shuffled, None, 0, tokenizer.fingerprint, None)
     valid = read_examples([Path(entry.path) for entry in config.data.valid], *how)
     ordered = OrderedExamples(valid, training.global_batch_size)
-    return RunData(shuffled, ordered, ordered.batches, tokenizer.fingerprint, None)
+    return RunData(samples, shuffled, ordered, ordered.batches, tokenizer.fingerprint, None)

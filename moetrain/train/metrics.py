@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -134,6 +135,26 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class SaveReport:
+    """One save that is over."""
+
+    iteration: int
+    """completed training steps in it; training may be further"""
+    path: Path
+    """the committed checkpoint, or where it would be"""
+    error: str | None
+    """why there is none"""
+    stall_seconds: float
+    """how long training stood still for it, on this rank"""
+    write_seconds: float
+    """from the copy of the state to the commit"""
+    nbytes: int
+    """of all ranks' files; 0 after an error"""
+    failed_in_a_row: int = 0
+    """failures up to this one, which included; 0 after a success"""
+
+
+@dataclass(frozen=True)
 class PeakFlops:
     """What one process's device can do at most, FLOP/s, and how that is known."""
 
@@ -248,7 +269,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def flatten(report: StepReport | EvalReport) -> dict[str, float]:
+def flatten(report: StepReport | EvalReport | SaveReport) -> dict[str, float]:
     """Every scalar of a report under its flat name: `train/loss`, `router/layer03/max_over_mean`, `eval/loss` ...
 
     Lists (the load of each expert, the histogram of K) are not scalars; see `flatten_lists`. Unknown values (None) are
@@ -264,6 +285,13 @@ def flatten(report: StepReport | EvalReport) -> dict[str, float]:
                 **{f"eval/{name}": value for name, value in report.scores.items()},
             }
         )
+    if isinstance(report, SaveReport):
+        return {
+            "checkpoint/stall_seconds": report.stall_seconds,
+            "checkpoint/write_seconds": report.write_seconds,
+            "checkpoint/bytes": report.nbytes,
+            "checkpoint/failed_in_a_row": report.failed_in_a_row,
+        }
     flat: dict[str, float | None] = {
         "train/loss": report.loss,
         "train/grad_norm": report.grad_norm,

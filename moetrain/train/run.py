@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def train(config: RunConfig) -> None:
         config,
         step,
         data,
-        CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_last, TorchDistributed()),
+        _checkpoints(config),
         standard_callbacks(),
         Throughput(flops_per_token(config.model), peak, machine.processes.world_size),
         log,
@@ -62,6 +63,21 @@ def train(config: RunConfig) -> None:
     trainer.fit()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _checkpoints(config: RunConfig) -> CheckpointManager:
+    """With a process group of its own, on CPU: saves run beside the training's collectives. Collective."""
+    settings, timeout = config.checkpoint, timedelta(minutes=config.runtime.timeout_minutes)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return CheckpointManager(
+        Path(config.run.dir) / "checkpoints",
+        settings.keep_last,
+        TorchDistributed(group),
+        keep_every=settings.keep_every,
+        keep_best=settings.keep_best,
+        checksum_after_write=settings.verify_after_write == "checksum",
+    )
 
 
 def _check_start(config: RunConfig) -> None:

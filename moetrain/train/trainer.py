@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moetrain.checkpoint.background import Snapshot
 from moetrain.checkpoint.compatibility import check_config
 from moetrain.checkpoint.manager import CheckpointManager
 from moetrain.checkpoint.reader import CheckpointReader
@@ -26,7 +27,8 @@ from moetrain.runtime.preemption import StopRequest
 from moetrain.train.callback import Callback
 from moetrain.train.data import RunData
 from moetrain.train.evaluation import summarize
-from moetrain.train.metrics import RouterStats, StepReport, Throughput
+from moetrain.train.metrics import EvalReport, RouterStats, StepReport, Throughput
+from moetrain.train.saving import RunSaver
 from moetrain.train.state import collect_pieces, restore, restore_weights
 from moetrain.train.step import StepOutcome, TrainStep
 
@@ -51,8 +53,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.iteration = self.start_iteration = self.consumed_samples = 0
         self.skipped_total = self._skipped_in_a_row = 0
-        self._saved_at: int | None = None
-        self._evaluated_at: int | None = None
+        self.saver = RunSaver(checkpoints, config.checkpoint, log, lambda report: self._call("on_checkpoint", report))
+        self._evaluation: EvalReport | None = None
         self._stop = StopRequest(self.run_dir, poll_file=self.rank == 0)
 
     def fit(self) -> None:
@@ -65,22 +67,24 @@ class Trainer:
         self._stop.install()
         try:
             self._call("on_train_start")
-            batches = self._loader(self.data.train, self.consumed_samples)
+            batches = self._loader(self._training_samples(), self.consumed_samples)
             while self.iteration < last:
                 self._train_one(next(batches))
                 if training.eval_interval and self.iteration % training.eval_interval == 0:
                     self._evaluate()
                 if checkpoint.save_interval and self.iteration % checkpoint.save_interval == 0:
-                    self._save()
-                if reason := self._stop_reason():
+                    self.saver.save(self._snapshot())
+                if reason := self._agree_at_boundary():
                     self.log.info("stopping after iteration %d: %s", self.iteration, reason)
                     self._stop.clear()
                     break
             if self.iteration == training.train_iters:
                 self._evaluate()
-            self._save()
+            self.saver.save_last(self._snapshot())
             self._call("on_train_end")
         except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # who interrupts twice does not want to wait
+                self.saver.rescue()
             self._call("on_error", error)
             raise
         finally:
@@ -142,34 +146,33 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        if self.data.valid is None or self._evaluated_at == self.iteration:
+        if self.data.valid is None or (self._evaluation is not None and self._evaluation.iteration == self.iteration):
             return
-        self._evaluated_at = self.iteration
         start = time.perf_counter()
         batches = self._loader(self.data.valid, 0)
         outcomes = [self.step.evaluate(next(batches)) for _ in range(self.data.valid_batches)]
         report = summarize(outcomes, self.data, self.config.training.objective)
-        self._call("on_evaluate", replace(report, iteration=self.iteration, seconds=time.perf_counter() - start))
+        self._evaluation = replace(report, iteration=self.iteration, seconds=time.perf_counter() - start)
+        self._call("on_evaluate", self._evaluation)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        if self._saved_at == self.iteration:
-            return
-        path = self.checkpoints.save(
+    def _snapshot(self) -> Snapshot:
+        extra: dict[str, Any] = {
+            "tokenizer": self.data.tokenizer_fingerprint,
+            "optimizer_steps": self.iteration - self.skipped_total,
+            "skipped_steps": self.skipped_total,
+        }
+        if self._evaluation is not None and math.isfinite(self._evaluation.loss):  # what checkpoint.keep_best reads
+            extra["evaluation"] = {"iteration": self._evaluation.iteration, "loss": self._evaluation.loss}
+        return Snapshot(
             step=self.iteration,
             consumed_samples=self.consumed_samples,
             pieces=collect_pieces(self.step),
             config=config_to_dict(self.config),
             layout=self._layout_record(),
-            extra={
-                "tokenizer": self.data.tokenizer_fingerprint,
-                "optimizer_steps": self.iteration - self.skipped_total,
-                "skipped_steps": self.skipped_total,
-            },
+            extra=extra,
         )
-        self._saved_at = self.iteration
-        self._call("on_checkpoint", path)
 
     def _resume(self) -> None:
         reader, is_own = self._open_checkpoint()
@@ -196,7 +199,7 @@ class Trainer:
             self.iteration = self.start_iteration = reader.step
             self.consumed_samples = reader.consumed_samples
             self.skipped_total = int(reader.extra["skipped_steps"])
-            self._saved_at = reader.step if is_own else None
+            self.saver.saved_at = reader.step if is_own else None
             self.log.info("resumed from %s (made on %s)", reader.folder, reader.layout.get("description"))
 
     def _open_checkpoint(self) -> tuple[CheckpointReader | None, bool]:
@@ -238,12 +241,22 @@ class Trainer:
             consumed_samples,
         )
 
-    def _stop_reason(self) -> str | None:
-        """Why to stop, agreed by all ranks: the first rank that has been asked decides for everybody."""
+    def _training_samples(self) -> SampleDataset:
+        """As many as this process will read, whatever global batches earlier ones took from the stream."""
+        training = self.config.training
+        needed = self.consumed_samples + (training.train_iters - self.iteration) * training.global_batch_size
+        planned = training.train_iters * training.global_batch_size
+        return self.data.train if needed <= planned else self.data.train_of(needed)
+
+    def _agree_at_boundary(self) -> str | None:
+        """Tell of a save that is over on all ranks. Returns why to stop, agreed by all: the first rank that has been
+        asked decides for everybody."""
         reason = self._stop.requested
-        flag = torch.tensor([self.rank if reason else self.world_size], device=self.step.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        asked = int(flag.item())
+        flags = torch.tensor([self.rank if reason else self.world_size, self.saver.is_over], device=self.step.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        asked, is_over = flags.tolist()
+        if is_over:
+            self.saver.settle()
         if asked == self.world_size:
             return None
         return reason if asked == self.rank else f"rank {asked} was asked to stop"

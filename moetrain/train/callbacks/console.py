@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from moetrain.train.callback import Callback, TrainerView, is_logged
-from moetrain.train.metrics import EvalReport, StepReport, Throughput
+from moetrain.train.metrics import EvalReport, SaveReport, StepReport, Throughput
 
 
 class ConsoleCallback(Callback):
@@ -59,8 +58,11 @@ class ConsoleCallback(Callback):
         words += [f"{name} {value:.4f}" for name, value in report.scores.items()]
         self._print("  ".join([*words, f"{report.seconds:.1f} s"]))
 
-    def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
-        self._print(f"saved {path}")
+    def on_checkpoint(self, trainer: TrainerView, report: SaveReport) -> None:
+        if report.error is None:  # else the log has told it, on the same terminal
+            words = [f"{report.nbytes / 1e9:.3f} GB in {report.write_seconds:.2f} s"]
+            words.append(f"stall {report.stall_seconds:.3f} s")
+            self._print("  ".join([f"saved {report.path}", *words]))
 
     def on_train_end(self, trainer: TrainerView) -> None:
         self._close()

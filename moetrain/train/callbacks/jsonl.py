@@ -9,13 +9,14 @@ from typing import Any, TextIO
 
 from moetrain.train.callback import Callback, TrainerView, is_logged
 from moetrain.train.callbacks.records import replace_file, to_json
-from moetrain.train.metrics import EvalReport, StepReport, flatten, flatten_lists
+from moetrain.train.metrics import EvalReport, SaveReport, StepReport, flatten, flatten_lists
 
 FILE = "metrics.jsonl"
 
 
 class JsonlCallback(Callback):
-    """Writes a row per logged step (`"kind": "train"`) and per validation (`"kind": "eval"`), each flushed at once.
+    """Writes a row per logged step (`"kind": "train"`), validation (`"eval"`) and save (`"checkpoint"`), each flushed
+    at once.
 
     Rows carry `iteration` and the flat names of `metrics.flatten`. A run that resumes at step s first drops the rows
     beyond s, which the earlier process wrote after its last checkpoint, so every step stands in the file once. Rank 0.
@@ -38,6 +39,10 @@ class JsonlCallback(Callback):
     def on_evaluate(self, trainer: TrainerView, report: EvalReport) -> None:
         if self._file is not None:
             self._write("eval", report.iteration, flatten(report))
+
+    def on_checkpoint(self, trainer: TrainerView, report: SaveReport) -> None:
+        if self._file is not None:
+            self._write("checkpoint", report.iteration, {**flatten(report), "checkpoint/error": report.error})
 
     def on_train_end(self, trainer: TrainerView) -> None:
         self._close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from moetrain.train.callback import Callback, TrainerView
 from moetrain.train.callbacks.records import replace_file, to_json
-from moetrain.train.metrics import EvalReport, StepReport
+from moetrain.train.metrics import EvalReport, SaveReport, StepReport
 
 FILE = "summary.json"
 
@@ -23,6 +23,8 @@ class SummaryCallback(Callback):
         self._last: StepReport | None = None
         self._evaluation: EvalReport | None = None
         self._checkpoint: Path | None = None
+        self._saves = self._failed_saves = 0
+        self._stall = 0.0
         self._tokens = 0
 
     def on_train_start(self, trainer: TrainerView) -> None:
@@ -36,8 +38,13 @@ class SummaryCallback(Callback):
     def on_evaluate(self, trainer: TrainerView, report: EvalReport) -> None:
         self._evaluation = report
 
-    def on_checkpoint(self, trainer: TrainerView, path: Path) -> None:
-        self._checkpoint = path
+    def on_checkpoint(self, trainer: TrainerView, report: SaveReport) -> None:
+        self._stall += report.stall_seconds
+        if report.error is None:
+            self._checkpoint = report.path
+            self._saves += 1
+        else:
+            self._failed_saves += 1
 
     def on_train_end(self, trainer: TrainerView) -> None:
         done = self._last.iteration if self._last else trainer.start_iteration
@@ -69,5 +76,8 @@ class SummaryCallback(Callback):
             "eval_perplexity": evaluation.perplexity if evaluation else None,
             "eval_scores": evaluation.scores if evaluation else {},
             "checkpoint": self._checkpoint.name if self._checkpoint else None,
+            "saves": self._saves,
+            "failed_saves": self._failed_saves,
+            "save_stall_seconds": self._stall,
         }
         replace_file(trainer.run_dir / FILE, to_json(summary) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from moetrain.train.callback import Callback, TrainerView, is_logged
-from moetrain.train.metrics import EvalReport, StepReport, flatten, flatten_lists
+from moetrain.train.metrics import EvalReport, SaveReport, StepReport, flatten, flatten_lists
 
 FOLDER = "tensorboard"
 
@@ -36,6 +36,11 @@ class TensorBoardCallback(Callback):
             for name, value in flatten(report).items():
                 self._writer.add_scalar(name, value, report.iteration)
             self._writer.flush()
+
+    def on_checkpoint(self, trainer: TrainerView, report: SaveReport) -> None:
+        if self._writer is not None:
+            for name, value in flatten(report).items():
+                self._writer.add_scalar(name, value, report.iteration)
 
     def on_train_end(self, trainer: TrainerView) -> None:
         self._close()

@@ -23,7 +23,7 @@ from moetrain.train.callbacks import (
 from moetrain.train.callbacks.console import short_number, short_time
 from moetrain.train.callbacks.jsonl import drop_rows_beyond
 from moetrain.train.callbacks.records import to_json
-from moetrain.train.metrics import EvalReport
+from moetrain.train.metrics import EvalReport, SaveReport
 
 EVALUATION = EvalReport(6, 2.0, math.exp(2.0), 5.5, 1.5)
 
@@ -39,8 +39,12 @@ def train(callbacks: list[Callback], view, report, until: int = 6, changes: dict
             callback.on_step_end(view, step)
     for callback in callbacks:
         callback.on_evaluate(view, replace(EVALUATION, iteration=until))
-        callback.on_checkpoint(view, view.run_dir / "checkpoints" / f"step-{until:08d}")
+        callback.on_checkpoint(view, saved(view.run_dir / "checkpoints" / f"step-{until:08d}", until))
         callback.on_train_end(view)
+
+
+def saved(path: Path, iteration: int, error: str | None = None) -> SaveReport:
+    return SaveReport(iteration, path, error, 0.25, 1.5, 0 if error else 2_000_000, 1 if error else 0)
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -71,7 +75,17 @@ def test_each_logged_step_and_validation_is_a_row(view, report) -> None:
     assert [(row["kind"], row["iteration"]) for row in rows(view.run_dir)] == [
         *(("train", i) for i in (1, 2, 4, 6)),
         ("eval", 6),
+        ("checkpoint", 6),
     ]
+    assert rows(view.run_dir)[-1] == {
+        "kind": "checkpoint",
+        "iteration": 6,
+        "checkpoint/stall_seconds": 0.25,
+        "checkpoint/write_seconds": 1.5,
+        "checkpoint/bytes": 2_000_000,
+        "checkpoint/failed_in_a_row": 0,
+        "checkpoint/error": None,
+    }
     row = rows(view.run_dir)[1]
     assert row["train/loss"] == 2.0
     assert row["perf/tokens_per_second"] == pytest.approx(4000)

@@ -1,0 +1,184 @@
+"""What a save costs: how long training stands still for it, how long it takes, and what the disk could do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.bench.machine import describe
+from moetrain.bench.report import significant
+from moetrain.bench.results import Machine, spread
+from moetrain.checkpoint import BackgroundSaver, CheckpointManager, Piece, SingleProcess, Snapshot
+from moetrain.errors import CheckpointError, ConfigError
+
+MARK = "<!-- written by `moetrain bench checkpoint`; do not edit -->"
+_TENSOR_BYTES = 8 * 2**20
+HOW_TO_READ = (
+    "One rank, fp32 tensors of 8 MiB. The ways take turns, with a sync of the file system before each; medians of the "
+    "rounds, quartiles in brackets. Stall: how long training stands still; in the background it is the copy to host "
+    "memory, whose first call also has the kernel hand out that memory. Save: with its checksums, syncs and commit. "
+    "Copy: the same bytes from a file in the page cache to a new file, and fsync."
+)
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """Seconds by round, of so many bytes of state. `first_stall`: of the first save in the background."""
+
+    nbytes: int
+    first_stall: float
+    stall: list[float]
+    background: list[float]
+    foreground: list[float]
+    copy: list[float]
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """All sizes on one machine."""
+
+    machine: Machine
+    command: str
+    started: str
+    times: list[SaveTimes]
+
+
+def measure_saves(sizes: list[int], folder: Path, rounds: int, tell: Callable[[str], None]) -> list[SaveTimes]:
+    """`sizes` in bytes. Works in a new folder below `folder`, which is removed.
+
+    Raises:
+        ConfigError: `folder` is none, or its disk has no room for four times the largest size.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--folder {folder}: not a folder")
+    needed, free = 4 * max(sizes), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(f"--folder {folder} has {free / 1e9:.1f} GB free; this needs {needed / 1e9:.1f} GB")
+    times = []
+    for size in sizes:
+        tell(f"{size / 1e6:.0f} MB")
+        with _workplace(folder) as place:
+            times.append(_measure(size, place, rounds))
+    return times
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=".moetrain-bench-", dir=folder) as name:
+        yield Path(name)
+
+
+def _measure(size: int, place: Path, rounds: int) -> SaveTimes:
+    count = max(1, round(size / _TENSOR_BYTES))
+    rows = -(-size // (4 * count))
+    tensors = [torch.rand(rows) for _ in range(count)]
+    source = place / "source"
+    with source.open("wb") as file:
+        for tensor in tensors:
+            file.write(tensor.numpy().data)
+    saver = BackgroundSaver(CheckpointManager(place / "checkpoints", 1, SingleProcess()))
+    first = _in_background(saver, _snapshot(tensors, 1))[0]
+    stall, background, foreground, copy = [], [], [], []
+    for number in range(rounds):
+        os.sync()
+        copy.append(_copy(source, place / "copy"))
+        os.sync()
+        foreground.append(_seconds(saver.save(_snapshot(tensors, 2 * number + 2)))[1])
+        os.sync()
+        stalled, wrote = _in_background(saver, _snapshot(tensors, 2 * number + 3))
+        stall.append(stalled)
+        background.append(wrote)
+    return SaveTimes(sum(t.nbytes for t in tensors), first, stall, background, foreground, copy)
+
+
+def _snapshot(tensors: list[torch.Tensor], step: int) -> Snapshot:
+    pieces = [Piece.whole(f"weight.{number}", tensor) for number, tensor in enumerate(tensors)]
+    return Snapshot(step, 0, pieces, {}, {}, {})
+
+
+def _in_background(saver: BackgroundSaver, snapshot: Snapshot) -> tuple[float, float]:
+    saver.start(snapshot)
+    return _seconds(saver.collect())
+
+
+def _seconds(outcome: Any) -> tuple[float, float]:
+    """(stall, write)."""
+    if outcome.error is not None:
+        raise CheckpointError(str(outcome.error))
+    return outcome.stall_seconds, outcome.write_seconds
+
+
+def _copy(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, 4 * 2**20)
+        writing.flush()
+        os.fsync(writing.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def report_of(times: list[SaveTimes], command: str, started: str) -> SaveReport:
+    """With the machine."""
+    return SaveReport(describe("cpu"), command, started, times)
+
+
+def table(report: SaveReport) -> list[list[str]]:
+    """Head and rows, as text."""
+    head = ["state, MB", "stall, s", "first stall, s", "synchronous save, s", "synchronous / stall"]
+    head += ["written in the background, s", "save, GB/s", "copy, GB/s", "save / copy"]
+    rows = []
+    for one in report.times:
+        stall, save, copy = spread(one.stall).median, spread(one.foreground).median, spread(one.copy).median
+        rows.append(
+            [
+                f"{one.nbytes / 1e6:.0f}",
+                _with_quartiles(one.stall),
+                significant(one.first_stall),
+                _with_quartiles(one.foreground),
+                f"{save / stall:.0f}×",
+                _with_quartiles(one.background),
+                significant(one.nbytes / save / 1e9),
+                significant(one.nbytes / copy / 1e9),
+                f"{copy / save:.0%}",
+            ]
+        )
+    return [head, *rows]
+
+
+def _with_quartiles(seconds: list[float]) -> str:
+    of = spread(seconds)
+    return f"{of.median:.4f} ({of.low:.4f}–{of.high:.4f})"
+
+
+def machine_line(report: SaveReport) -> str:
+    """Where and when."""
+    machine = report.machine
+    commit = f"; commit {machine.commit}" if machine.commit else ""
+    return f"{machine.name}; {machine.cores} cores; torch {machine.torch}{commit}; {report.started}"
+
+
+def write(report: SaveReport, path: Path) -> None:
+    """The page, whole or not at all."""
+    head, *rows = table(report)
+    lines = [head, ["---"] * len(head), *rows]
+    parts = ["# Saves, measured", MARK, HOW_TO_READ, f"```\n{report.command}\n```", f"- {machine_line(report)}"]
+    parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    whole = path.with_name(f".{path.name}.new")
+    whole.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    whole.replace(path)
+
+
+def to_json(report: SaveReport) -> dict[str, Any]:
+    """Every time of every round."""
+    return asdict(report)
