@@ -21,8 +21,8 @@ from moetrain.errors import ConfigError
 PLAIN = "plain"
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    # The published sizes, which are the defaults (`docs/concepts/hypermoe.md`).
-    "hypermoe": {"hyper": {}},
+    # The published sizes, which are the defaults, and the sum of the released code (`docs/concepts/hypermoe.md`).
+    "hypermoe": {"hyper": {"aggregation": "sum"}},
     # Both readings of the paper's maximum (`docs/concepts/da-moe.md`): of what a token receives, and of what it gives.
     "damoe-col": {"router": {"type": "da_moe", "importance": "col_max", "budget": "paper"}},
     "damoe-row": {"router": {"type": "da_moe", "importance": "row_max", "budget": "paper"}},
