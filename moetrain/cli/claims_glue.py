@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,17 +26,20 @@ class Recipe:
     epochs: float
     batch_size: int
     lr: float
+    weight_decay: float
     seq_length: int | None
-    seed: int
+    seeds: tuple[int, ...]
     num_processes: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one part of a task gave."""
+    """What one part of a task gave to one arm with one seed."""
 
     task: str
     part: str
+    arm: str
+    seed: int
     scores: dict[str, float]
     examples: int
     train_examples: int
@@ -43,28 +47,61 @@ class Score:
     steps: int
 
 
+class Dropped(StrEnum):
+    """What a token gets that finds no place at its expert."""
+
+    zero = "zero"
+    input = "input"
+
+
 def glue(
-    model: Annotated[Path, typer.Option(help="checkpoint of a pretrained model: a step, `checkpoints` or run folder")],
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="checkpoint of a pretrained model (a step, `checkpoints` or run folder), or a Hugging Face folder of "
+            "a Switch Transformer, whose encoder is imported into --out"
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="folder with GLUE's folders: CoLA, SST-2, MRPC ...")],
     out: Annotated[Path, typer.Option(help="runs, glue.md and glue.json; a second call goes on there")] = Path(
         "runs/glue"
     ),
     tasks: Annotated[list[str] | None, typer.Option("--task", help="only these; default: those in --data")] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="plain (default), hypermoe, damoe-col, damoe-row; each that is named is trained"),
+    ] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="times through the training examples")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per step")] = 32,
     lr: Annotated[float, typer.Option(min=0.0, help="peak learning rate; a tenth of the steps warm up to it")] = 3e-5,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's")] = 0.01,
     seq_length: Annotated[int | None, typer.Option(min=4, help="tokens of a sample; default: the model's")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the head and the order of the texts")] = 1234,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each task and arm, with seeds from --seed on")] = 1,
     num_processes: Annotated[int, typer.Option("--num-processes", "-n", min=1, help="data-parallel ranks")] = 1,
+    dropped: Annotated[
+        Dropped, typer.Option(help="of an imported model: what a token without a place at its expert gets")
+    ] = Dropped.zero,
 ) -> None:
     """Fine-tune on GLUE's tasks, one after another, and report what the held-out parts give."""
-    recipe = Recipe(epochs, batch_size, lr, seq_length, seed, num_processes)
-    chosen = _choose(data, tasks)
+    from moetrain.claims.glue_arms import check_arms, checkpoint_of, start_of
+
+    of_seeds = tuple(range(seed, seed + seeds))
+    recipe = Recipe(epochs, batch_size, lr, weight_decay, seq_length, of_seeds, num_processes)
+    chosen, compared = _choose(data, tasks), arms or ["plain"]
+    check_arms(compared)
     for task in chosen:
         check_task(data, task)
-    base = _pretrained(model)
-    plans = [_plan(task, data, out, model, base, recipe) for task in chosen]
-    scores = [score for task, plan in zip(chosen, plans, strict=True) for score in plan.run(task)]
+    pretrained = checkpoint_of(model, out, dropped.value, typer.echo)
+    material = {task.name: _converted(task, data, out) for task in chosen}
+    plans = []
+    for arm in compared:
+        start = start_of(arm, pretrained, out, seed, typer.echo)
+        base = _settings(start)
+        plans += [
+            _plan(task, arm, s, out, start, base, recipe, material[task.name]) for task in chosen for s in of_seeds
+        ]
+    scores = [score for plan in plans for score in plan.run()]
     write_report(out, model, recipe, scores)
     typer.echo((out / "glue.md").read_text(encoding="utf-8"))
 
@@ -78,18 +115,21 @@ def _choose(data: Path, names: Sequence[str] | None) -> list[GlueTask]:
     return [task for task in found if not names or task.name in names]
 
 
-def _pretrained(model: Path) -> dict[str, Any]:
-    """The settings of the run that made the checkpoint."""
-    from moetrain.checkpoint import CheckpointReader, find_step_folder
+def _settings(checkpoint: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was made with."""
+    from moetrain.checkpoint import CheckpointReader
 
-    with CheckpointReader(find_step_folder(model)) as reader:
+    with CheckpointReader(checkpoint) as reader:
         return dict(reader.config)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One task, checked and ready to train."""
+    """One training of one task, checked and ready."""
 
+    task: GlueTask
+    arm: str
+    seed: int
     folder: Path
     config: Path
     train: Converted
@@ -97,15 +137,15 @@ class _Plan:
     steps: int
     num_processes: int
 
-    def run(self, task: GlueTask) -> list[Score]:
+    def run(self) -> list[Score]:
         """Train (or go on), then judge each held-out part: a finished run that is started again only validates."""
         scores = []
         for part, converted in self.dev.items():
             summary = self._launch(converted)
-            kept = {name: summary["eval_scores"][name] for name in task.metrics}
+            kept = {name: summary["eval_scores"][name] for name in self.task.metrics}
             skipped = converted.skipped + self.train.skipped
             counts = converted.examples, self.train.examples, skipped, self.steps
-            scores.append(Score(task.name, part, kept, *counts))
+            scores.append(Score(self.task.name, part, self.arm, self.seed, kept, *counts))
         return scores
 
     def _launch(self, valid: Converted) -> dict[str, Any]:
@@ -118,29 +158,53 @@ class _Plan:
         return json.loads((self.folder / "run" / "summary.json").read_text(encoding="utf-8"))
 
 
-def _plan(task: GlueTask, data: Path, out: Path, model: Path, base: dict[str, Any], recipe: Recipe) -> _Plan:
-    """Convert a task's data and write its config, or refuse a folder that was made with another."""
-    from moetrain.config.layout import check_layout
-    from moetrain.config.loader import load_config
+@dataclass(frozen=True)
+class _Material:
+    """A task's data as examples."""
 
+    train: Converted
+    dev: dict[str, Converted]
+
+
+def _converted(task: GlueTask, data: Path, out: Path) -> _Material:
     folder = (out / task.name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     train = convert_part(data, task, "train", folder)
-    dev = {part: convert_part(data, task, part, folder) for part in task.dev}
+    return _Material(train, {part: convert_part(data, task, part, folder) for part in task.dev})
+
+
+def _plan(
+    task: GlueTask,
+    arm: str,
+    seed: int,
+    out: Path,
+    start: Path,
+    base: dict[str, Any],
+    recipe: Recipe,
+    material: _Material,
+) -> _Plan:
+    """Write a training's config, or refuse a folder that was made with another."""
+    from moetrain.config.layout import check_layout
+    from moetrain.config.loader import load_config
+
+    folder = (out / task.name / arm / f"seed-{seed}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    train, dev = material.train, material.dev
     steps = max(1, math.ceil(train.examples * recipe.epochs / recipe.batch_size))
-    text = yaml.safe_dump(_config(task, folder, model, base, recipe, train, dev, steps), sort_keys=False)
-    path = folder / "run.yaml"
+    tree = _config(task, seed, folder, start, base, recipe, train, dev, steps)
+    text, path = yaml.safe_dump(tree, sort_keys=False), folder / "run.yaml"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{path} was made with other settings or data; choose another --out, or delete {folder}")
     path.write_text(text, encoding="utf-8")
     check_layout(load_config([path]), recipe.num_processes)
-    return _Plan(folder, path, train, dev, steps, recipe.num_processes)
+    return _Plan(task, arm, seed, folder, path, train, dev, steps, recipe.num_processes)
 
 
 def _config(
     task: GlueTask,
+    seed: int,
     folder: Path,
-    model: Path,
+    start: Path,
     base: dict[str, Any],
     recipe: Recipe,
     train: Converted,
@@ -167,7 +231,7 @@ def _config(
         "optimizer": {
             "lr": recipe.lr,
             "betas": [0.9, 0.999],
-            "weight_decay": 0.01,
+            "weight_decay": recipe.weight_decay,
             "schedule": {"type": "linear", "warmup_iters": steps // 10},
         },
         "training": {
@@ -175,41 +239,80 @@ def _config(
             "global_batch_size": recipe.batch_size,
             "micro_batch_size": recipe.batch_size // recipe.num_processes,
             "precision": base["training"]["precision"],
-            "seed": recipe.seed,
+            "seed": seed,
             "objective": objective,
         },
-        "checkpoint": {"load": str(model.resolve()), "load_weights_only": True, "keep_last": 1},
+        "checkpoint": {"load": str(start.resolve()), "load_weights_only": True, "keep_last": 1},
         "runtime": base.get("runtime", {}),
     }
 
 
 def write_report(out: Path, model: Path, recipe: Recipe, scores: Sequence[Score]) -> None:
     """`glue.md` and `glue.json` in `out`."""
-    average = statistics.fmean(_by_task(scores).values())
-    record = {"model": str(model), "recipe": asdict(recipe), "scores": [asdict(s) for s in scores], "average": average}
+    arms = list(dict.fromkeys(s.arm for s in scores))
+    averages = {arm: _average([s for s in scores if s.arm == arm]) for arm in arms}
+    record = {"model": str(model), "recipe": asdict(recipe), "scores": [asdict(s) for s in scores]}
+    seeds = ", ".join(map(str, recipe.seeds))
     lines = [
         "# GLUE",
         "",
-        f"Model: `{model}`. {recipe.epochs:g} epochs, {recipe.batch_size} texts a step, peak rate {recipe.lr:g}, seed "
-        f"{recipe.seed}; no selection among epochs, rates or seeds. Held-out parts with public labels (`dev`).",
+        f"Model: `{model}`. {recipe.epochs:g} epochs, {recipe.batch_size} texts a step, peak rate {recipe.lr:g}, "
+        f"weight decay {recipe.weight_decay:g}, seeds {seeds}; no selection among epochs, rates or seeds. Held-out "
+        "parts with public labels (`dev`). Measures of several seeds: mean and standard deviation.",
         "",
-        "| task | measures | held-out texts | training texts | lines left out | steps |",
-        "|---|---|---|---|---|---|",
+        "| task | arm | measures | held-out texts | training texts | lines left out | steps |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for s in scores:
-        name = s.task if s.part == "dev" else f"{s.task} {s.part.removeprefix('dev_')}"
-        measures = ", ".join(f"{metric} {value:.4f}" for metric, value in s.scores.items())
-        lines.append(f"| {name} | {measures} | {s.examples:,} | {s.train_examples:,} | {s.skipped:,} | {s.steps:,} |")
-    lines += ["", f"Mean over tasks (a task's measures and parts are averaged first): {average:.4f}"]
-    _replace(out / "glue.json", json.dumps(record, indent=2) + "\n")
+    for (task, part, arm), group in _groups(scores).items():
+        name = task if part == "dev" else f"{task} {part.removeprefix('dev_')}"
+        measures = ", ".join(f"{m} {_spread([s.scores[m] for s in group])}" for m in group[0].scores)
+        s = group[0]
+        counts = f"{s.examples:,} | {s.train_examples:,} | {s.skipped:,} | {s.steps:,}"
+        lines.append(f"| {name} | {arm} | {measures} | {counts} |")
+    lines += ["", "Mean over tasks (a task's measures, parts and seeds are averaged first):", ""]
+    lines += [f"- {arm}: {average:.4f}" for arm, average in averages.items()]
+    if len(recipe.seeds) > 1 and "plain" in arms and len(arms) > 1:
+        lines += _differences(scores, [arm for arm in arms if arm != "plain"])
+    _replace(out / "glue.json", json.dumps(record | {"averages": averages}, indent=2) + "\n")
     _replace(out / "glue.md", "\n".join(lines) + "\n")
 
 
-def _by_task(scores: Sequence[Score]) -> dict[str, float]:
+def _groups(scores: Sequence[Score]) -> dict[tuple[str, str, str], list[Score]]:
+    """By task, part and arm; of each the seeds."""
+    order = {task: i for i, task in enumerate(GLUE)}
+    groups: dict[tuple[str, str, str], list[Score]] = {}
+    for s in sorted(scores, key=lambda s: order[s.task]):
+        groups.setdefault((s.task, s.part, s.arm), []).append(s)
+    return groups
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def _differences(scores: Sequence[Score], arms: Sequence[str]) -> list[str]:
+    """Of each arm to the plain one, by seeds."""
+    from moetrain.claims.intervals import paired_difference
+
+    lines = ["", "Difference to plain (mean over tasks; pairs of equal seeds, 95 % interval of Student's t):", ""]
+    seeds = sorted({s.seed for s in scores})
+
+    def means(arm: str) -> list[float]:
+        return [_average([s for s in scores if s.arm == arm and s.seed == seed]) for seed in seeds]
+
+    for arm in arms:
+        d = paired_difference(means(arm), means("plain"))
+        lines.append(f"- {arm}: {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}, {d.pairs} pairs)")
+    return lines
+
+
+def _average(scores: Sequence[Score]) -> float:
+    """Over tasks, of whose measures, parts and seeds the mean is taken first."""
     by_task: dict[str, list[float]] = {}
     for s in scores:
         by_task.setdefault(s.task, []).append(statistics.fmean(s.scores.values()))
-    return {name: statistics.fmean(values) for name, values in by_task.items()}
+    return statistics.fmean(statistics.fmean(values) for values in by_task.values())
 
 
 def _replace(path: Path, text: str) -> None:

@@ -135,6 +135,7 @@ def _dispatch_line(config: RunConfig, moe: MoEConfig) -> str:
         overlap=moe.dispatch.overlap,
         padded_rows=padded_rows,
         diverse_width=None if moe.expert_widths is None else moe.num_experts // par.expert * moe.ffn_hidden_size,
+        gated=config.model.activation == "swiglu",
     )
     kept = "recomputed" if config.model.recompute == "full" else f"{_short(bound.kept)}B kept for the backward"
     rows = f"{moe.dispatch.max_rows} rows at once" if moe.dispatch.max_rows else "any number of rows at once"

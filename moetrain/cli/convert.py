@@ -1,4 +1,4 @@
-"""`moetrain convert`: checkpoints into other people's formats."""
+"""`moetrain convert`: checkpoints into other people's formats, and theirs into ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Convert checkpoints into other formats.", no_args_is_help=True)
+app = typer.Typer(help="Convert checkpoints into other formats, and from them.", no_args_is_help=True)
 
 
 class Dtype(StrEnum):
@@ -18,9 +18,16 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Dropped(StrEnum):
+    """What a token gets that finds no place at its expert."""
+
+    zero = "zero"
+    input = "input"
+
+
 @app.callback()
 def convert() -> None:
-    """Convert checkpoints into other formats."""
+    """Convert checkpoints into other formats, and from them."""
 
 
 @app.command("to-hf")
@@ -60,3 +67,32 @@ def to_hf(
             f"verified: {logits.positions} positions, largest difference of a logit {logits.max_abs:.2g}, "
             f"best token agrees at {logits.argmax_agreement:.1%}"
         )
+
+
+@app.command("from-switch")
+def from_switch(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Switch Transformer.", metavar="DIR")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must be absent or empty.")],
+    seq_length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a sample; a run that starts here may change it.")
+    ] = 512,
+    dropped: Annotated[
+        Dropped,
+        typer.Option(
+            help="What a token without a place at its expert gets: nothing, as transformers has it today, or the "
+            "layer's input, as HyperMoE's released code has it."
+        ),
+    ] = Dropped.zero,
+    verify: Annotated[
+        bool, typer.Option(help="Compare hidden states with transformers'; needs memory for both models.")
+    ] = True,
+) -> None:
+    """Import the encoder of a Switch Transformer: a checkpoint, its tokenizer, and a config.yaml to start from."""
+    from moetrain.convert.switch import import_switch
+
+    report = import_switch(source, out, seq_length, dropped.value, verify, announce=typer.echo)
+    typer.echo(f"wrote {report.folder}: {report.parameters:,} parameters; {report.unused} tensors of the decoder left")
+    for note in report.notes:
+        typer.echo(f"left out, {note}")
+    if report.difference is not None:
+        typer.echo(f"verified: largest difference of a hidden state {report.difference:.2g} of the largest one")

@@ -53,8 +53,7 @@ class ComputationFreeConfig(Section):
 
 
 class CapacityConfig(Section):
-    """The most tokens of a sequence that an expert takes. Later tokens never displace earlier ones, so a causal model
-    stays causal; what finds no place is dropped and keeps no weight."""
+    """The most tokens of a sequence that an expert takes; what finds no place is dropped."""
 
     factor: PositiveFloat | None = Field(
         default=None,
@@ -63,6 +62,16 @@ class CapacityConfig(Section):
     )
     tokens: PositiveInt | None = Field(
         default=None, description="capacity, said outright (`expert_capacity` of Switch Transformers); or `factor`"
+    )
+    order: Literal["position", "probability"] = Field(
+        default="position",
+        description="who finds a place: the first tokens of the sequence, so that a causal model stays causal, or "
+        "those whose probability of the expert is highest (V-MoE, arXiv 2106.05974; encoders only)",
+    )
+    dropped: Literal["zero", "input"] = Field(
+        default="zero",
+        description="what a dropped choice adds to the token: nothing, or the layer's input in the expert's place, "
+        "with its weight (Switch Transformers as HyperMoE's released code has them)",
     )
     pad: bool = Field(
         default=False,

@@ -121,7 +121,7 @@ class MoEConfig(Section):
     """The mixture-of-experts blocks that stand in the MLP slot of some layers."""
 
     num_experts: PositiveInt = Field(description="experts of each MoE layer, over all ranks")
-    ffn_hidden_size: PositiveInt = Field(description="hidden units of one expert (each of SwiGLU's gate and up)")
+    ffn_hidden_size: PositiveInt = Field(description="hidden units of one expert (with swiglu, of gate and up each)")
     layer_freq: PositiveInt | list[Literal[0, 1]] = Field(
         default=1,
         description="every n-th layer is MoE, counted so that the last of each n is one; or one 0/1 per layer",
@@ -206,7 +206,7 @@ class HeadConfig(Section):
 
 
 class ModelConfig(Section):
-    """A transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A transformer: RMSNorm, rotary or relative positions, grouped-query attention, SwiGLU or ReLU."""
 
     type: Literal["decoder", "encoder"] = Field(
         default="decoder", description="decoder: a token sees those before it; encoder: all tokens see each other"
@@ -220,13 +220,32 @@ class ModelConfig(Section):
     num_query_groups: PositiveInt | None = Field(
         default=None, description="key/value heads; default: num_attention_heads"
     )
-    ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's SwiGLU MLP")
+    kv_channels: PositiveInt | None = Field(
+        default=None, description="width of one attention head; default: hidden_size / num_attention_heads"
+    )
+    ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's MLP")
+    activation: Literal["swiglu", "relu"] = Field(
+        default="swiglu",
+        description="of MLPs and experts: silu(gate) * up, or max(0, x) of one projection (T5, Switch Transformers)",
+    )
     vocab_size: PositiveInt = Field(description="rows of the embedding; at least the tokenizer's size")
     seq_length: PositiveInt = Field(description="tokens of a training sequence")
     share_embeddings_and_output_weights: bool = Field(
         default=False, description="one table for the embedding and the output layer"
     )
     layernorm_epsilon: PositiveFloat = Field(default=1e-5, description="added to the mean square in RMSNorm")
+    position_embedding: Literal["rope", "relative"] = Field(
+        default="rope",
+        description="rope: rotated queries and keys; relative: a learned number for each head and distance, the same "
+        "in every layer, on the attention's scores (T5, arXiv 1910.10683)",
+    )
+    relative_buckets: PositiveInt = Field(
+        default=32,
+        description="rows of the table of relative positions; an encoder has half of them for each direction",
+    )
+    relative_max_distance: PositiveInt = Field(
+        default=128, description="from here on all distances share a row of the table of relative positions"
+    )
     rotary_base: PositiveFloat = Field(default=10000.0, description="base period of the rotary positions")
     init_method_std: PositiveFloat = Field(
         default=0.02, description="standard deviation of initial weights; 1/sqrt(2 num_layers) of it into the residual"
@@ -244,7 +263,7 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with this 0-based global number has experts."""
@@ -264,13 +283,14 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
-                f"({self.num_attention_heads})"
+                f"({self.num_attention_heads}); or set kv_channels"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"hidden_size / num_attention_heads ({self.head_dim}) must be even for rotary positions")
+        if self.head_dim % 2 and self.position_embedding == "rope":
+            name = "hidden_size / num_attention_heads" if self.kv_channels is None else "kv_channels"
+            raise ValueError(f"{name} ({self.head_dim}) must be even for rotary positions")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_query_groups "
@@ -294,6 +314,37 @@ class ModelConfig(Section):
                     "moe.router.importance (predicted) stands in for the attention that a token will receive, which an "
                     "encoder knows; legal here: col_max, col_sum and the measures of rows"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _positions_and_activation_can_be_computed(self) -> ModelConfig:
+        for name in ("relative_buckets", "relative_max_distance", "rotary_base"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and name.startswith("relative_") != (self.position_embedding == "relative"):
+                raise ValueError(f"{name} ({value}) means nothing with position_embedding {self.position_embedding}")
+        if self.position_embedding == "relative":
+            # Of a direction's rows half are single distances, and those beyond must lead up to the last one.
+            rows = self.relative_buckets // (2 if self.type == "encoder" else 1)
+            if rows < 2 or (self.type == "encoder" and self.relative_buckets % 2):
+                legal = "an even number from 4 on" if self.type == "encoder" else "2 or more"
+                raise ValueError(f"relative_buckets ({self.relative_buckets}) must be {legal} (type {self.type})")
+            if self.relative_max_distance <= rows // 2:
+                raise ValueError(
+                    f"relative_max_distance ({self.relative_max_distance}) must exceed the {rows // 2} distances that "
+                    f"have a row of their own (relative_buckets: {self.relative_buckets})"
+                )
+        moe = self.moe
+        if moe is not None and self.activation == "relu" and moe.dispatch.max_rows is not None:
+            raise ValueError(
+                f"moe.dispatch.max_rows ({moe.dispatch.max_rows}) works in rounds of the fused expert operator, which "
+                "is SwiGLU's; activation relu has none; remove one of the two"
+            )
+        by_probability = moe is not None and moe.capacity is not None and moe.capacity.order == "probability"
+        if by_probability and self.type == "decoder":
+            raise ValueError(
+                "moe.capacity.order (probability) lets a later token take an earlier one's place, so in a causal "
+                "model the future would change the past; legal here: position"
+            )
         return self
 
     def _check_hypernetwork_stages(self) -> None:

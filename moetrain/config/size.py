@@ -48,6 +48,8 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
     """Name and shape of every weight in a checkpoint of this model, without its `weight.` prefix."""
     d, hd = model.hidden_size, model.head_dim
     yield "embedding.word_embeddings.weight", (model.vocab_size, d)
+    if model.position_embedding == "relative":
+        yield "relative_positions.weight", (model.relative_buckets, model.num_attention_heads)
     for i in range(model.num_layers):
         layer = f"decoder.layers.{i}"
         yield f"{layer}.input_layernorm.weight", (d,)
@@ -57,13 +59,13 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield f"{layer}.pre_mlp_layernorm.weight", (d,)
         if model.moe is not None and model.is_moe_layer(i):
             if model.moe.cartesian is None:
-                yield from _moe_shapes(f"{layer}.mlp", model.moe, d)
+                yield from _moe_shapes(f"{layer}.mlp", model.moe, d, projections_in(model))
             else:
-                yield from _moe_shapes(f"{layer}.mlp.first", model.moe, d)
-                yield from _moe_shapes(f"{layer}.mlp.second", model.moe, d)
+                yield from _moe_shapes(f"{layer}.mlp.first", model.moe, d, projections_in(model))
+                yield from _moe_shapes(f"{layer}.mlp.second", model.moe, d, projections_in(model))
                 yield f"{layer}.mlp.layernorm.weight", (d,)
         else:
-            yield f"{layer}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, d)
+            yield f"{layer}.mlp.linear_fc1.weight", (projections_in(model) * model.ffn_hidden_size, d)
             yield f"{layer}.mlp.linear_fc2.weight", (d, model.ffn_hidden_size)
     yield "decoder.final_layernorm.weight", (d,)
     if model.moe is not None and model.moe.hyper is not None:
@@ -82,12 +84,17 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield "output_layer.weight", (model.vocab_size, d)
 
 
+def projections_in(model: ModelConfig) -> int:
+    """Matrices of an MLP or expert before its activation: SwiGLU's gate and up, or one."""
+    return 2 if model.activation == "swiglu" else 1
+
+
 def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     """Floating-point operations per token for forward and backward: three times the forward pass.
 
     Counted: matrix products, 2 per multiply-add, with attention's scores and values at the mean visible length, which
     is seq_length in an encoder and seq_length / 2 in a decoder. Not counted: a head (once per sequence), norms,
-    softmax, rotary positions, activation recompute, the optimizer. `mean_k` is the mean number of experts per token
+    softmax, positions, activation recompute, the optimizer. `mean_k` is the mean number of experts per token
     (default: `MoEConfig.expected_mean_k`).
 
     HyperMoE is counted in its grouped form in the limit of many tokens per selected set: each token pays for its two
@@ -99,7 +106,8 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
     visible_twice = model.seq_length * (2 if model.type == "encoder" else 1)
     attention = 2 * d * (qkv_rows + width) + 2 * visible_twice * width
-    dense_mlp = 6 * d * model.ffn_hidden_size
+    of_unit = 2 * d * (projections_in(model) + 1)  # of a hidden unit of an MLP or expert
+    dense_mlp = of_unit * model.ffn_hidden_size
     forward = 2.0 * d * model.vocab_size if model.head is None else 0.0
     for i in range(model.num_layers):
         moe = model.moe if model.is_moe_layer(i) else None
@@ -109,7 +117,7 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
             continue
         k = moe.expected_mean_k if mean_k is None else mean_k
         mixtures = 1 if moe.cartesian is None else 2
-        forward += mixtures * (k * 6 * d * moe.ffn_hidden_size + _beside_experts(moe, d))
+        forward += mixtures * (k * of_unit * moe.ffn_hidden_size + _beside_experts(moe, d, of_unit))
         if moe.hyper is not None:
             forward += _hyper_flops(moe.hyper, moe.num_experts, d)
     return 3.0 * forward
@@ -127,12 +135,12 @@ def _hyper_flops(hyper: HyperConfig, num_experts: int, d: int) -> int:
     return flops
 
 
-def _beside_experts(moe: MoEConfig, d: int) -> float:
+def _beside_experts(moe: MoEConfig, d: int, of_unit: int) -> float:
     """Forward operations per token of the router and of what every token passes besides its experts. A constant expert
     is computed for all tokens, because its mixture costs less than to sort them out."""
     gate = gate_width(moe, d)
     flops = 2.0 * (gate * moe.num_choices + sum(math.prod(s) for s in moe.router.extra_parameters(gate).values()))
-    flops += 6 * d * (moe.shared_expert_ffn_hidden_size or 0)
+    flops += of_unit * (moe.shared_expert_ffn_hidden_size or 0)
     if moe.computation_free is not None:
         flops += moe.computation_free.constant_experts * (4 * d + 2 * d)
     if moe.router_state is not None and moe.router_state.type == "recurrent":
@@ -141,18 +149,18 @@ def _beside_experts(moe: MoEConfig, d: int) -> float:
     return flops
 
 
-def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _moe_shapes(prefix: str, moe: MoEConfig, d: int, n_in: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     e, f = moe.num_experts, moe.ffn_hidden_size
     gate = gate_width(moe, d)
     yield f"{prefix}.router.weight", (moe.num_choices, gate)
     yield from ((f"{prefix}.router.{name}", shape) for name, shape in moe.router.extra_parameters(gate).items())
     if moe.expert_widths is None:
-        yield f"{prefix}.experts.fc1", (e, 2 * f, d)
+        yield f"{prefix}.experts.fc1", (e, n_in * f, d)
         yield f"{prefix}.experts.fc2", (e, d, f)
     else:
-        yield f"{prefix}.experts.fc1", (2 * e * f, d)
+        yield f"{prefix}.experts.fc1", (n_in * e * f, d)
         yield f"{prefix}.experts.fc2", (e * f, d)
-    yield from _relatives_shapes(prefix, moe, d)
+    yield from _relatives_shapes(prefix, moe, d, n_in)
     if moe.hyper is None:
         return
     if moe.hyper.condition_on == "static":
@@ -162,7 +170,7 @@ def _moe_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tupl
         yield from _selection_shapes(f"{prefix}.hyper", moe.hyper, e)
 
 
-def _relatives_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _relatives_shapes(prefix: str, moe: MoEConfig, d: int, n_in: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Of the parts in docs/concepts/relatives.md."""
     if moe.computation_free is not None and (constants := moe.computation_free.constant_experts) > 0:
         yield f"{prefix}.computation_free.mix", (constants, 2, d)
@@ -170,7 +178,7 @@ def _relatives_shapes(prefix: str, moe: MoEConfig, d: int) -> Iterator[tuple[str
     if moe.router_state is not None and moe.router_state.type == "recurrent":
         yield f"{prefix}.memory.project.weight", (state_width(moe), d)
     if (f := moe.shared_expert_ffn_hidden_size) is not None:
-        yield f"{prefix}.shared_expert.fc1", (2 * f, d)
+        yield f"{prefix}.shared_expert.fc1", (n_in * f, d)
         yield f"{prefix}.shared_expert.fc2", (d, f)
 
 
@@ -210,4 +218,4 @@ def _part_of(name: str) -> str:
         return "hyper"
     if ".experts." in name:
         return "expert"
-    return "attention" if ".self_attention." in name else "mlp"
+    return "attention" if ".self_attention." in name or name.startswith("relative_positions.") else "mlp"

@@ -205,7 +205,7 @@ def _whole(source: CheckpointReader, target: RunConfig, weight: NewWeight) -> Te
 
 
 def _write(folder: Path, pieces: Iterator[Piece], source: CheckpointReader, target: RunConfig) -> None:
-    record = _write_shards(folder, pieces)
+    record = write_shards(folder, pieces)
     extra = {"upcycled_from": {"folder": str(source.folder), "step": source.step}}
     if "tokenizer" in source.extra:  # its tokens are those of the embedding, whoever trains on
         extra["tokenizer"] = source.extra["tokenizer"]
@@ -214,7 +214,7 @@ def _write(folder: Path, pieces: Iterator[Piece], source: CheckpointReader, targ
     OS_FILES.sync_folder(folder)
 
 
-def _write_shards(folder: Path, pieces: Iterator[Piece]) -> ShardRecord:
+def write_shards(folder: Path, pieces: Iterator[Piece]) -> ShardRecord:
     """Files of up to `BATCH_BYTES`, or of one larger piece, named as those of so many ranks."""
     records: list[ShardRecord] = []
     batch: list[Piece] = []

@@ -14,7 +14,8 @@ import tokenizers
 from moetrain.config.schema import TokenizerConfig
 from moetrain.errors import DataError
 
-MASK_TOKENS = ("<mask>", "[MASK]")
+MASK_TOKENS = ("<mask>", "[MASK]", "<extra_id_0>")
+"""Known names of the token that hides another; the last one is T5's first sentinel."""
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 

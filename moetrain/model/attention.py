@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moetrain.model.relative_positions import RelativePositions, biased_attention
 from moetrain.ops import attention_with_importance
 
 
@@ -37,11 +38,13 @@ class ImportanceAttention(nn.Module):
         measure: str | None,
         tensor_group: dist.ProcessGroup,
         teacher: str | None = None,
+        positions: RelativePositions | None = None,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: object = None,
     ) -> None:
-        """Megatron passes everything but `measure`, `teacher` and `tensor_group`, which come from the module spec."""
+        """Megatron passes everything but `measure`, `teacher`, `positions` and `tensor_group`, which come from the
+        module spec."""
         super().__init__()
         assert measure is None or teacher is None
         self.measure, self.teacher, self.tensor_group = measure, teacher, tensor_group
@@ -49,6 +52,8 @@ class ImportanceAttention(nn.Module):
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.causal = attn_mask_type is not AttnMaskType.padding
+        # In a tuple, because the table belongs to the model and must not be registered once per layer.
+        self._positions = (positions,)
         self._importance_SB: Tensor | None = None
         self._valid_SB: Tensor | None = None
 
@@ -70,15 +75,20 @@ class ImportanceAttention(nn.Module):
         valid_BS = attention_mask
         self._valid_SB = None if valid_BS is None else valid_BS.t()
         measure = "col_sum" if self.teacher is not None and self.training else self.measure
+        (positions,) = self._positions
+        if positions is not None:
+            bias_HSS = positions(query_SBHd.shape[0])
+            context, total_SB = biased_attention(
+                query_SBHd, key_SBGd, value_SBGd, bias_HSS, measure, self.causal, self.scale, valid_BS
+            )
+            self._keep_importance(total_SB)
+            return context.flatten(2)
         if measure is not None or valid_BS is not None:
             # Our operator also where only the mask asks for it: torch's makes NaN of a row that sees nothing.
             context, total_SB = attention_with_importance(
                 query_SBHd, key_SBGd, value_SBGd, measure or "self_weight", self.causal, self.scale, valid_BS
             )
-            if measure is not None:
-                self._importance_SB = self._mean_over_heads(total_SB)
-                if self.teacher is not None:
-                    self._importance_SB = received_rank(self._importance_SB, relative=self.teacher == "relative")
+            self._keep_importance(total_SB if measure is not None else None)
             return context.flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBHd, key_SBGd, value_SBGd))
         grouped = q.shape[1] != k.shape[1]
@@ -96,6 +106,14 @@ class ImportanceAttention(nn.Module):
         once."""
         valid_SB, self._valid_SB = self._valid_SB, None
         return valid_SB
+
+    def _keep_importance(self, total_SB: Tensor | None) -> None:
+        """For `take_importance`; None without a measure."""
+        if total_SB is None:
+            return
+        self._importance_SB = self._mean_over_heads(total_SB)
+        if self.teacher is not None:
+            self._importance_SB = received_rank(self._importance_SB, relative=self.teacher == "relative")
 
     def _mean_over_heads(self, total_SB: Tensor) -> Tensor:
         if self.tensor_group.size() > 1:

@@ -22,6 +22,7 @@ from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
+from moetrain.model.relative_positions import RelativePositions
 from moetrain.model.sequence_head import SequenceModel
 from moetrain.moe.cartesian import CartesianMoE
 from moetrain.moe.dispatcher import TokenDispatcher
@@ -37,8 +38,8 @@ def build_chunks(
 ) -> list[Decoder]:
     """This rank's pipeline chunks, uninitialised (see `initialize`), on `device`.
 
-    What several layers share, of HyperMoE and of a recurrent router, is registered in the first chunk of every rank
-    that has such a layer, and used by the layers of all its chunks.
+    What several layers share, of HyperMoE, of a recurrent router and of relative positions, is registered in the first
+    chunk of every rank that has such a layer, and used by the layers of all its chunks.
     """
     config = transformer_config(model, parallel, dtype)
     layout, stage = groups.layout, groups.coordinates.pipeline
@@ -46,19 +47,20 @@ def build_chunks(
     here = {i for layers in layers_of_chunks for i in layers}
     hyper = build_hyper(model, here, dtype)
     router_gru = _router_gru(model, here, dtype)
+    positions = RelativePositions(model, parallel.tensor, dtype) if model.position_embedding == "relative" else None
     chunks = []
     for chunk, layers in enumerate(layers_of_chunks):
         kind = Decoder if model.head is None else partial(SequenceModel, head=model.head)
         decoder = kind(
             config,
-            _block_spec(model, layers, groups, hyper, router_gru),  # pyright: ignore[reportArgumentType]
+            _block_spec(model, layers, groups, hyper, router_gru, positions),  # pyright: ignore[reportArgumentType]
             vocab_size=model.vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=layers.start == 0,
             post_process=layers.stop == model.num_layers,
             parallel_output=True,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if model.position_embedding == "rope" else "none",
             rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
@@ -69,6 +71,8 @@ def build_chunks(
         _register(chunks[0], name, module)
     if router_gru is not None:
         chunks[0].add_module("router_gru", router_gru)
+    if positions is not None:
+        chunks[0].add_module("relative_positions", positions)
     megatron_cpu.install()  # modules that Megatron imported while it was building
     return [chunk.to(device) for chunk in chunks]
 
@@ -99,13 +103,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.kv_heads,
+        kv_channels=model.kv_channels,
         ffn_hidden_size=model.ffn_hidden_size,
         num_moe_experts=model.moe.num_experts if model.moe else None,
         moe_ffn_hidden_size=model.moe.ffn_hidden_size if model.moe else None,
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=nn.functional.silu,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=nn.functional.silu if model.activation == "swiglu" else nn.functional.relu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -140,11 +145,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 
 
 def _block_spec(
-    model: ModelConfig, layers: range, groups: ParallelGroups, hyper: HyperModules, router_gru: RouterGRU | None
+    model: ModelConfig,
+    layers: range,
+    groups: ParallelGroups,
+    hyper: HyperModules,
+    router_gru: RouterGRU | None,
+    positions: RelativePositions | None,
 ) -> TransformerBlockSubmodules:
     dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert, model.moe.dispatch) if model.moe else None
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, i, groups, hyper, dispatcher, router_gru) for i in layers],
+        layer_specs=[_layer_spec(model, i, groups, hyper, dispatcher, router_gru, positions) for i in layers],
         layer_norm=ParallelRMSNorm,  # pyright: ignore[reportArgumentType]
     )
 
@@ -156,6 +166,7 @@ def _layer_spec(
     hyper: HyperModules,
     dispatcher: TokenDispatcher | None,
     router_gru: RouterGRU | None,
+    positions: RelativePositions | None,
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
         assert model.moe is not None
@@ -181,7 +192,7 @@ def _layer_spec(
         linear_qkv=ColumnParallelLinear,
         core_attention=ModuleSpec(
             module=ImportanceAttention,
-            params={"measure": measure, "teacher": teacher, "tensor_group": groups.tensor},
+            params={"measure": measure, "teacher": teacher, "positions": positions, "tensor_group": groups.tensor},
         ),
         linear_proj=RowParallelLinear,
         q_layernorm=IdentityOp,

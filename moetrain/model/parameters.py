@@ -17,6 +17,7 @@ from moetrain.config.layout import ParallelLayout
 from moetrain.config.relatives import gate_width, state_width
 from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
+from moetrain.model.relative_positions import RelativePositions
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
 from moetrain.moe.losses import balanced_load
@@ -28,6 +29,7 @@ from moetrain.runtime.parameters import Block, ParameterInfo, Tie
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OF_A_NETWORK = re.compile(r"^(hypernetworks\.\d+|decoder\.layers\.\d+\.mlp\.hyper\.network)\.")
 _SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.", "router_gru.")
+_WITHOUT_DECAY = ("expert_embedding", "layer_embedding", "relative_positions.weight")
 # Replicated parameters that see this tensor rank's tokens only, whether sequence parallelism is on or not.
 _OF_MOE_BLOCK = (".router.", ".hyper.", ".memory.", ".shared_expert.", ".computation_free.")
 
@@ -57,6 +59,7 @@ def describe_parameters(
     }
     splits = {id(p): dim for chunk in chunks for p, dim in _split_dimensions(chunk)}
     holders = {id(p): stages for chunk in chunks for p, stages in _holders(chunk, groups.layout)}
+    gated = chunks[0].config.gated_linear_unit
 
     def tied(p: nn.Parameter) -> Tie:
         if id(p) in tied_embeddings and groups.layout.pipeline > 1:
@@ -64,7 +67,7 @@ def describe_parameters(
         return holders.get(id(p), "no")
 
     return [
-        _describe(name, p, groups, sequence_parallel, splits.get(id(p)), tied(p))
+        _describe(name, p, groups, sequence_parallel, splits.get(id(p)), tied(p), gated)
         for name, p in named_parameters(chunks)
     ]
 
@@ -73,7 +76,7 @@ def _holders(chunk: Decoder, layout: ParallelLayout) -> Iterator[tuple[nn.Parame
     """Parameters that layers share and that have copies on other pipeline stages, and the stages that hold one."""
     layers = chunk.config.num_layers
     for module in chunk.modules():
-        if not isinstance(module, HyperNetwork | SelectionEmbedding | RouterGRU):
+        if not isinstance(module, HyperNetwork | SelectionEmbedding | RouterGRU | RelativePositions):
             continue
         stages = tuple(
             stage
@@ -94,7 +97,7 @@ def _split_dimensions(chunk: Decoder) -> Iterator[tuple[nn.Parameter, int]]:
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             yield module.weight, 0
-        elif isinstance(module, RowParallelLinear):
+        elif isinstance(module, RowParallelLinear | RelativePositions):
             yield module.weight, 1
 
 
@@ -116,6 +119,7 @@ def _describe(
     sequence_parallel: bool,
     split_dim: int | None,
     tied: Tie,
+    gated: bool,
 ) -> ParameterInfo:
     at, layout = groups.coordinates, groups.layout
     shape = tuple(parameter.shape)
@@ -126,7 +130,7 @@ def _describe(
     elif split_dim is None or layout.tensor == 1:
         global_shape, blocks = shape, (Block(shape[0], (0,) * len(shape)),)
     else:
-        global_shape, blocks = _tensor_split(name, shape, split_dim, at.tensor, layout.tensor)
+        global_shape, blocks = _tensor_split(name, shape, split_dim, at.tensor, layout.tensor, gated)
     first_copy = {"no": at.pipeline, "embedding": 0}[tied] if isinstance(tied, str) else tied[0]
     replicated_over_tensor = not expert and split_dim is None
     return ParameterInfo(
@@ -139,16 +143,16 @@ def _describe(
         counted=at.pipeline == first_copy and not (replicated_over_tensor and at.tensor > 0),
         sum_over_tensor=layout.tensor > 1 and replicated_over_tensor and _is_partial(name, sequence_parallel),
         tied=tied,
-        decay=len(shape) >= 2 and not name.endswith(("expert_embedding", "layer_embedding")),
+        decay=len(shape) >= 2 and not name.endswith(_WITHOUT_DECAY),
     )
 
 
 def _tensor_split(
-    name: str, shape: tuple[int, ...], dim: int, rank: int, ranks: int
+    name: str, shape: tuple[int, ...], dim: int, rank: int, ranks: int, gated: bool
 ) -> tuple[tuple[int, ...], tuple[Block, ...]]:
     """Where a tensor-parallel shard lies. A SwiGLU fc1 holds this rank's gate rows, then its up rows."""
     global_shape = tuple(n * ranks if i == dim else n for i, n in enumerate(shape))
-    if name.endswith(".mlp.linear_fc1.weight"):
+    if gated and name.endswith(".mlp.linear_fc1.weight"):
         half = shape[0] // 2
         gate = Block(half, (rank * half, 0))
         return global_shape, (gate, Block(half, (half * ranks + rank * half, 0)))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moetrain.config.layout import ParallelLayout
 from moetrain.config.loader import config_from_dict
@@ -42,6 +42,30 @@ def megatron_logits(reader: WeightSource, tokens: Tensor) -> Tensor:
     with reference_model(reader) as decoder:
         positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
         return decoder(tokens, positions, None)
+
+
+def encoder_states(reader: WeightSource, tokens: Tensor, valid: Tensor) -> Tensor:
+    """Final hidden states, fp32 [b, s, d], of an encoder without a head, for tokens, int64 [b, s], of which `valid`,
+    bool [b, s], tells the real ones. As `megatron_logits` otherwise."""
+    with reference_model(reader) as decoder:
+        return final_states(decoder, tokens, valid)
+
+
+def final_states(decoder: Decoder, tokens: Tensor, valid: Tensor) -> Tensor:
+    """[b, s, d] of a whole model in one process, differentiable where gradients are on."""
+    states: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        states.append(output)
+
+    hook = decoder.decoder.register_forward_hook(keep)
+    positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
+    try:
+        decoder(tokens, positions, valid)
+    finally:
+        hook.remove()
+    (final_SBD,) = states
+    return final_SBD.transpose(0, 1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moetrain.config.relatives import capacities, gate_width
 from moetrain.config.schema import ModelConfig, MoEConfig
-from moetrain.moe.capacity import within_capacity
+from moetrain.moe.capacity import most_probable_within_capacity, within_capacity
 from moetrain.moe.computation_free import ComputationFreeExperts
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.diverse_experts import DiverseExperts
@@ -66,11 +66,12 @@ class MoELayer(nn.Module):
         self.router = build_router(moe, gate_width(moe, config.hidden_size), dtype, layer)
         self.losses = RouterLosses(moe, groups.tensor)
         local_experts = moe.num_experts // groups.layout.expert
+        size, activation = config.hidden_size, model.activation
         if moe.expert_widths is None:
-            self.experts = GroupedExperts(local_experts, config.hidden_size, moe.ffn_hidden_size, dtype)
+            self.experts = GroupedExperts(local_experts, size, moe.ffn_hidden_size, dtype, activation)
         else:
             first = groups.coordinates.expert * local_experts
-            self.experts = DiverseExperts(moe.expert_widths[first : first + local_experts], config.hidden_size, dtype)
+            self.experts = DiverseExperts(moe.expert_widths[first : first + local_experts], size, dtype, activation)
         self.hyper = hyper
         self.telemetry = RouterTelemetry(moe.num_choices, moe.max_top_k, moe.router.num_statistics)
         self._add_relatives(model, dtype)
@@ -86,7 +87,8 @@ class MoELayer(nn.Module):
         if moe.router_state is not None:
             self.memory = RouterMemory(moe, hidden_size, dtype)
         if moe.shared_expert_ffn_hidden_size is not None:
-            self.shared_expert = SharedExpert(hidden_size, moe.shared_expert_ffn_hidden_size, dtype)
+            width = moe.shared_expert_ffn_hidden_size
+            self.shared_expert = SharedExpert(hidden_size, width, dtype, model.activation)
         limits = capacities(moe, model.seq_length)
         capacity_N = None if limits is None else torch.tensor(limits)
         self.register_buffer("capacity_N", capacity_N, persistent=False)
@@ -129,7 +131,7 @@ class MoELayer(nn.Module):
         dispatch = self.dispatcher.start(x_TD, self._travelers(placed_TK), self._rows_per_expert(context))
         # Work of the tokens' home rank, while their rows travel.
         hyper_TD = _of_real_tokens(self._hyper_expert(x_TD, chosen), context)
-        at_home_TD = _of_real_tokens(self._at_home(x_TD, placed_TK, decision.weights_TK), context)
+        at_home_TD = _of_real_tokens(self._at_home(x_TD, placed_TK, decision), context)
         losses = self.losses(decision, context) if self.training else None
         experts_TD = self.dispatcher.finish(dispatch, decision.weights_TK, self.experts)
         if at_home_TD is not None:
@@ -180,7 +182,10 @@ class MoELayer(nn.Module):
         """The choices without those that an expert has no place for."""
         if self.capacity_N is None:
             return decision.expert_ids_TK
-        return within_capacity(decision.expert_ids_TK, self.capacity_N, context.sequences, self.groups.tensor)
+        choices_TK, of_sequences = decision.expert_ids_TK, (context.sequences, self.groups.tensor)
+        if self.moe.capacity is not None and self.moe.capacity.order == "probability":
+            return most_probable_within_capacity(choices_TK, decision.probs_TE, self.capacity_N, *of_sequences)
+        return within_capacity(choices_TK, self.capacity_N, *of_sequences)
 
     def _rows_per_expert(self, context: RoutingContext) -> int | None:
         """Size of the padded buffer that goes to an expert; None without padding. A rank holds no more tokens of a
@@ -192,11 +197,14 @@ class MoELayer(nn.Module):
     def _travelers(self, choices_TK: Tensor) -> Tensor:
         return choices_TK if self.computation_free is None else self.computation_free.travelers(choices_TK)
 
-    def _at_home(self, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+    def _at_home(self, x_TD: Tensor, placed_TK: Tensor, decision: RoutingDecision) -> Tensor | None:
         """What the token's own rank adds to the experts' output."""
         parts = []
         if self.computation_free is not None:
-            parts.append(self.computation_free(x_TD, choices_TK, weights_TK))
+            parts.append(self.computation_free(x_TD, placed_TK, decision.weights_TK))
+        if self.moe.capacity is not None and self.moe.capacity.dropped == "input":
+            dropped_T = decision.weights_TK.masked_fill(placed_TK == decision.expert_ids_TK, 0.0).sum(dim=-1)
+            parts.append(dropped_T[:, None] * x_TD.float())
         if self.shared_expert is not None:
             parts.append(self.shared_expert(x_TD))
         return sum(parts[1:], start=parts[0]) if parts else None

@@ -21,8 +21,9 @@ _INDEX, _FLOAT = 8, 4  # bytes of an int64, of a float32
 _SAVED = (0, 2)
 _FORWARD = ((1, 3), (2, 2))
 _BACKWARD = (2, 5, 3)
-# What `DiverseExperts` holds besides: sorted rows and results, in the backward their gradients; between the
-# two, rows and results; and beside the gradients of all weights their parts, and fc2 in the order of the operator.
+# What `DiverseExperts`, and any experts with ReLU, hold besides: sorted rows and results, in the backward their
+# gradients; between the two, rows and results. And `DiverseExperts` alone, beside the gradients of all weights, their
+# parts, and fc2 in the order of the operator.
 _DIVERSE, _DIVERSE_KEPT, _DIVERSE_WEIGHTS = 4, 2, 6
 
 
@@ -68,13 +69,14 @@ def dispatch_bound(
     overlap: bool = True,
     padded_rows: int | None = None,
     diverse_width: int | None = None,
+    gated: bool = True,
 ) -> DispatchBound:
     """The bound for a rank that routes `tokens` tokens (of its micro-batch, after sequence is split over tensor ranks)
     to at most `max_k` experts each; the other arguments are settings of `model.moe` and `parallel.expert`.
 
     `padded_rows`: size of the buffer that the rank sends to each expert (`capacity.pad`), or None. `diverse_width`:
     of experts of different widths, the sum over those of a rank. `ffn` is the widest then, which may get all rows; with
-    padding the mean, for all get as many.
+    padding the mean, for all get as many. Without `gated` the activation is ReLU, whose experts copy their rows.
     """
     # A token's experts are distinct, so a rank gets at most as many of its rows as it has experts.
     all_to_one = expert_ranks * tokens * min(max_k, num_experts_local)
@@ -91,6 +93,7 @@ def dispatch_bound(
         element=4 if precision == "fp32" else 2,
         overlap=overlap and expert_ranks > 1,
         diverse_width=diverse_width,
+        copies_rows=diverse_width is not None or not gated,
     )
     moments = list(sizes.in_one_round() if padded_rows is None else sizes.padded())
     if max_rows is not None and max_rows < all_to_one:
@@ -110,6 +113,7 @@ class _Sizes:
     element: int
     overlap: bool
     diverse_width: int | None
+    copies_rows: bool
 
     @property
     def leaving(self) -> int:
@@ -158,7 +162,7 @@ class _Sizes:
     def kept(self, padded: bool) -> int:
         """One round's activations, which autograd saves, and the plan."""
         d, f = _SAVED
-        if self.diverse_width is not None:
+        if self.copies_rows:
             d += _DIVERSE_KEPT - _DIVERSE
         travel = self.arriving if padded else 0
         return self._moment(home=self.leaving * (self.ranks > 1 or padded), travel=travel, d=d, f=f).total
@@ -167,8 +171,9 @@ class _Sizes:
         """From rows at home and on their way, and multiples of what each arrived row, and each expert, takes."""
         row = self.hidden * self.element
         touched = weights * self.ffn
-        if self.diverse_width is not None:
+        if self.copies_rows:
             d += _DIVERSE
+        if self.diverse_width is not None:
             touched += _DIVERSE_WEIGHTS * self.diverse_width
         return DispatchBound(
             plan=self.rows * (3 * _INDEX + 2 * _FLOAT) + self.arriving * (2 * _INDEX + 2 * _FLOAT),

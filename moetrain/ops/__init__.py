@@ -10,7 +10,7 @@ from moetrain.ops.grouped_gemm import (
     grouped_gemm_wgrad_out,
     row_invariant_linear,
 )
-from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_with_importance
+from moetrain.ops.importance import CAUSAL_MEASURES, NONCAUSAL_MEASURES, attention_with_importance, weights_importance
 from moetrain.ops.library import ExtensionError, ExtensionInfo, extension_info
 from moetrain.ops.permute import (
     PermutePlan,
@@ -43,4 +43,5 @@ __all__ = [
     "row_invariant_linear",
     "start_all_to_all",
     "unpermute",
+    "weights_importance",
 ]

@@ -79,6 +79,33 @@ def attention_with_importance(
     return context_SBHd, importance_SB
 
 
+def weights_importance(weights_BHSS: Tensor, measure: str, causal: bool, valid_BS: Tensor | None = None) -> Tensor:
+    """A measure of :func:`attention_with_importance` from attention's weights themselves, float32 ``[S, B]``: for
+    scores that the operator cannot take, such as those with a bias. Rows of tokens that are not valid count as zeros,
+    whatever stands there; hidden weights must be zero.
+    """
+    seq = weights_BHSS.size(-1)
+    real_BS = weights_BHSS.new_ones(weights_BHSS.size(0), seq, dtype=torch.bool) if valid_BS is None else valid_BS
+    weights_BHSS = weights_BHSS.float().masked_fill(~real_BS[:, None, :, None], 0.0)
+    if measure == "self_weight":
+        per_head_BHS = weights_BHSS.diagonal(dim1=-2, dim2=-1)
+    elif measure == "row_max":
+        per_head_BHS = weights_BHSS.amax(dim=-1)
+    elif measure == "row_entropy":
+        keys_BS = real_BS.cumsum(dim=1) if causal else real_BS.sum(dim=1, keepdim=True).expand_as(real_BS)
+        entropy_BHS = -torch.xlogy(weights_BHSS, weights_BHSS).sum(dim=-1)
+        per_head_BHS = entropy_BHS / keys_BS.clamp(min=2).log()[:, None]
+    elif measure == "col_max":
+        per_head_BHS = weights_BHSS.amax(dim=-2)
+    elif measure == "col_sum":
+        per_head_BHS = weights_BHSS.sum(dim=-2)
+    else:
+        raise ValueError(
+            f"importance measure is {measure!r}; legal values are {sorted(CAUSAL_MEASURES | NONCAUSAL_MEASURES)}"
+        )
+    return per_head_BHS.sum(dim=1).masked_fill(~real_BS, 0.0).t().contiguous()
+
+
 def _cuda_attention(
     q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, causal: bool, scale: float, valid_BS: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -184,14 +184,16 @@ def test_glue_tasks_are_trained_judged_and_reported(folder: Path) -> None:
     record = json.loads((folder / "judged" / "glue.json").read_text())
     (score,) = record["scores"]
     assert (score["task"], score["examples"], score["train_examples"], score["steps"]) == ("SST-2", 21, 64, 32)
-    assert record["average"] == score["scores"]["accuracy"] > 0.9
+    assert record["averages"]["plain"] == score["scores"]["accuracy"] > 0.9
     assert (
-        f"| SST-2 | accuracy {record['average']:.4f} | 21 | 64 | 0 | 32 |"
+        f"| SST-2 | plain | accuracy {record['averages']['plain']:.4f} | 21 | 64 | 0 | 32 |"
         in (folder / "judged" / "glue.md").read_text()
     )
     again = glue([*words, "--epochs", "5"], folder)
     assert "choose another --out" in again.stderr
     assert "legal: CoLA" in glue([*words, "--task", "SQuAD"], folder).stderr
+    assert "legal: plain, hypermoe" in glue([*words, "--arm", "other"], folder).stderr
+    assert "has a hyper-expert already" in glue([*words, "--arm", "hypermoe"], folder).stderr
 
 
 def test_an_encoder_is_not_exported_as_something_else(folder: Path) -> None:

@@ -228,8 +228,8 @@ def test_gradients_are_the_slopes_of_the_equations(case: str) -> None:
         assert abs((gradient * direction).sum() - measured) <= 1e-4 * (abs(measured) + size), name
 
 
-def check_loss_and_routing(config: RunConfig, run: dict[str, Any]) -> None:
-    truth = Truth(config, run["weights"])
+def check_loss_and_routing(config: RunConfig, run: dict[str, Any], equations: type[Truth] = Truth) -> None:
+    truth = equations(config, run["weights"])
     assert run["loss"] == pytest.approx(truth.loss(run["batches"])[0], rel=2e-6)
     assert len(run["decisions"]) == len(truth.decisions) == 3 * len(run["batches"])
     for (mine, my_ks), (importance, ks) in zip(run["decisions"], truth.decisions, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.config.relatives import TokenMaskConfig
-from moetrain.moe.capacity import within_capacity
+from moetrain.moe.capacity import most_probable_within_capacity, within_capacity
 from moetrain.moe.dispatcher import Padding
 from moetrain.moe.token_mask import hidden_experts
 from moetrain.ops import plan_permutation
@@ -24,6 +24,9 @@ class Alone:
 
     def size(self) -> int:
         return 1
+
+    def rank(self) -> int:
+        return 0
 
 
 def places(choices: list[list[list[int]]], capacity: list[int]) -> list[list[list[int]]]:
@@ -52,6 +55,28 @@ def test_the_first_tokens_of_a_sequence_get_an_experts_places(data: st.DataObjec
                 kept.append(expert if expert >= 0 and taken[sequence, expert] <= capacity[expert] else -1)
             expected[-1].append(kept)
     assert places(padded, capacity) == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_by_probability_the_surest_tokens_get_an_experts_places_and_of_equals_the_first(data: st.DataObject) -> None:
+    num_experts, sequences = 3, 2
+    length = data.draw(st.integers(1, 8))
+    slot = st.lists(st.integers(0, num_experts - 1), max_size=2, unique=True)
+    capacity = data.draw(st.lists(st.integers(1, 4), min_size=num_experts, max_size=num_experts))
+    ids = torch.tensor([(s := data.draw(slot)) + [-1] * (2 - len(s)) for _ in range(length * sequences)])
+    few = st.sampled_from([0.1, 0.2, 0.3, 0.4])
+    probs = torch.tensor([[data.draw(few) for _ in range(num_experts)] for _ in range(length * sequences)])
+    expected = torch.full_like(ids, -1)
+    for sequence in range(sequences):
+        for expert in range(num_experts):
+            tokens = range(sequence, length * sequences, sequences)
+            asking = sorted((t for t in tokens if expert in ids[t].tolist()), key=lambda t: -float(probs[t, expert]))
+            for t in asking[: capacity[expert]]:
+                expected[t][ids[t] == expert] = expert
+    group: dist.ProcessGroup = Alone()  # pyright: ignore[reportAssignmentType]
+    kept = most_probable_within_capacity(ids, probs, torch.tensor(capacity), sequences, group)
+    assert kept.tolist() == expected.tolist()
 
 
 def test_a_token_sees_as_many_experts_as_its_frequency_says() -> None:
