@@ -220,6 +220,15 @@ class ModelConfig(Section):
     num_query_groups: PositiveInt | None = Field(
         default=None, description="key/value heads; default: num_attention_heads"
     )
+    kv_channels: PositiveInt | None = Field(
+        default=None, description="width of an attention head; default: hidden_size / num_attention_heads"
+    )
+    add_qkv_bias: bool = Field(default=False, description="biases on queries, keys and values (Qwen2)")
+    qk_layernorm: Literal["head", "projection"] | None = Field(
+        default=None,
+        description="RMSNorm of queries and keys before the rotary positions: of each head with one weight for all "
+        "(Qwen3), or of all heads together (OLMoE); absent: none",
+    )
     ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's SwiGLU MLP")
     vocab_size: PositiveInt = Field(description="rows of the embedding; at least the tokenizer's size")
     seq_length: PositiveInt = Field(description="tokens of a training sequence")
@@ -244,7 +253,7 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with this 0-based global number has experts."""
@@ -264,13 +273,14 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
                 f"({self.num_attention_heads})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"hidden_size / num_attention_heads ({self.head_dim}) must be even for rotary positions")
+            name = "hidden_size / num_attention_heads" if self.kv_channels is None else "kv_channels"
+            raise ValueError(f"{name} ({self.head_dim}) must be even for rotary positions")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_query_groups "
