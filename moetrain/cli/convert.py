@@ -1,4 +1,4 @@
-"""`moetrain convert`: checkpoints into other people's formats."""
+"""`moetrain convert`: checkpoints into other people's formats, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Convert checkpoints into other formats.", no_args_is_help=True)
+app = typer.Typer(help="Convert checkpoints into other formats, and back.", no_args_is_help=True)
 
 
 class Dtype(StrEnum):
@@ -20,7 +20,7 @@ class Dtype(StrEnum):
 
 @app.callback()
 def convert() -> None:
-    """Convert checkpoints into other formats."""
+    """Convert checkpoints into other formats, and back."""
 
 
 @app.command("to-hf")
@@ -59,4 +59,28 @@ def to_hf(
         typer.echo(
             f"verified: {logits.positions} positions, largest difference of a logit {logits.max_abs:.2g}, "
             f"best token agrees at {logits.argmax_agreement:.1%}"
+        )
+
+
+@app.command("from-hf")
+def from_hf(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face model folder with safetensors weights.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must be absent or empty.")],
+    seq_length: Annotated[
+        int | None, typer.Option(help="Tokens of a training sequence; default: the longest that config.json allows.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits with those of transformers; needs memory for both models.")
+    ] = False,
+) -> None:
+    """Import a Hugging Face model as a checkpoint to start from, with a config. Runs no code of the folder."""
+    from moetrain.convert.from_hf import CONFIG, import_hf
+
+    report = import_hf(folder, out, seq_length=seq_length, verify=verify, announce=typer.echo)
+    typer.echo(f"wrote {report.folder}: {report.tensors} tensors of a {report.architecture} model, and {CONFIG}")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    if report.logits is not None:
+        typer.echo(
+            f"verified: {report.logits.positions} positions, largest difference of a logit {report.logits.max_abs:.2g}"
         )
