@@ -89,7 +89,8 @@ def _of_a_new_start(current: dict[str, Any]) -> frozenset[str]:
 
 def _differences(saved: Any, current: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     """(dotted path, saved, current) of every leaf that differs; a list is a leaf."""
-    if (saved is None or saved is _ABSENT) and (current is None or current is _ABSENT):
+    off = (None, False, _ABSENT)
+    if any(saved is value for value in off) and any(current is value for value in off):
         return  # a part that is switched off, and a version that did not know it
     if not (isinstance(saved, dict) and isinstance(current, dict)):
         if saved != current or isinstance(saved, bool) != isinstance(current, bool):

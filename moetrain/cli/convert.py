@@ -1,4 +1,4 @@
-"""`moetrain convert`: checkpoints into other people's formats, and theirs into ours."""
+"""`moetrain convert`: checkpoints into other people's formats, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Convert checkpoints into other formats, and from them.", no_args_is_help=True)
+app = typer.Typer(help="Convert checkpoints into other formats, and back.", no_args_is_help=True)
 
 
 class Dtype(StrEnum):
@@ -27,7 +27,7 @@ class Dropped(StrEnum):
 
 @app.callback()
 def convert() -> None:
-    """Convert checkpoints into other formats, and from them."""
+    """Convert checkpoints into other formats, and back."""
 
 
 @app.command("to-hf")
@@ -96,3 +96,27 @@ def from_switch(
         typer.echo(f"left out, {note}")
     if report.difference is not None:
         typer.echo(f"verified: largest difference of a hidden state {report.difference:.2g} of the largest one")
+
+
+@app.command("from-hf")
+def from_hf(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face model folder with safetensors weights.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must be absent or empty.")],
+    seq_length: Annotated[
+        int | None, typer.Option(help="Tokens of a training sequence; default: the longest that config.json allows.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits with those of transformers; needs memory for both models.")
+    ] = False,
+) -> None:
+    """Import a Hugging Face model as a checkpoint to start from, with a config. Runs no code of the folder."""
+    from moetrain.convert.from_hf import CONFIG, import_hf
+
+    report = import_hf(folder, out, seq_length=seq_length, verify=verify, announce=typer.echo)
+    typer.echo(f"wrote {report.folder}: {report.tensors} tensors of a {report.architecture} model, and {CONFIG}")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    if report.logits is not None:
+        typer.echo(
+            f"verified: {report.logits.positions} positions, largest difference of a logit {report.logits.max_abs:.2g}"
+        )

@@ -221,7 +221,13 @@ class ModelConfig(Section):
         default=None, description="key/value heads; default: num_attention_heads"
     )
     kv_channels: PositiveInt | None = Field(
-        default=None, description="width of one attention head; default: hidden_size / num_attention_heads"
+        default=None, description="width of an attention head; default: hidden_size / num_attention_heads"
+    )
+    add_qkv_bias: bool = Field(default=False, description="biases on queries, keys and values (Qwen2)")
+    qk_layernorm: Literal["head", "projection"] | None = Field(
+        default=None,
+        description="RMSNorm of queries and keys before the rotary positions: of each head with one weight for all "
+        "(Qwen3), or of all heads together (OLMoE); absent: none",
     )
     ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's MLP")
     activation: Literal["swiglu", "relu"] = Field(

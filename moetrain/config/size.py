@@ -55,6 +55,12 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield f"{layer}.input_layernorm.weight", (d,)
         qkv_heads = model.num_attention_heads + 2 * model.kv_heads
         yield f"{layer}.self_attention.linear_qkv.weight", (qkv_heads * hd, d)
+        if model.add_qkv_bias:
+            yield f"{layer}.self_attention.linear_qkv.bias", (qkv_heads * hd,)
+        if model.qk_layernorm is not None:
+            of_all = model.qk_layernorm == "projection"
+            yield f"{layer}.self_attention.q_layernorm.weight", (hd * (model.num_attention_heads if of_all else 1),)
+            yield f"{layer}.self_attention.k_layernorm.weight", (hd * (model.kv_heads if of_all else 1),)
         yield f"{layer}.self_attention.linear_proj.weight", (d, model.num_attention_heads * hd)
         yield f"{layer}.pre_mlp_layernorm.weight", (d,)
         if model.moe is not None and model.is_moe_layer(i):

@@ -42,18 +42,22 @@ It is a base model: it continues text, and has been taught neither to follow ins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
 prompt = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
-`trust_remote_code=True` runs the two Python files of this folder; they need torch and transformers (4.57 or newer).
+{code}
 """
+_OWN_CODE = """\
+`trust_remote_code=True` runs the two Python files of this folder; they need torch and transformers (4.57 or newer)."""
+_STOCK_CODE = "transformers has the architecture itself; the folder holds no code."
 
 
-def model_card(config: RunConfig, step: int, samples: int, parameters: int, dtype: str) -> str:
-    """Markdown with a metadata header. Corpora appear by file name only, so no path of the training machine leaks."""
+def model_card(config: RunConfig, step: int, samples: int, parameters: int, dtype: str, own_code: bool = True) -> str:
+    """Markdown with a metadata header. `own_code`: the folder has modelling files. Corpora appear by file name only, so
+    no path of the training machine leaks."""
     model, train, optimizer = config.model, config.training, config.optimizer
     return _TEMPLATE.format(
         tags="- mixture-of-experts\n" if model.moe is not None else "",
@@ -77,6 +81,8 @@ def model_card(config: RunConfig, step: int, samples: int, parameters: int, dtyp
         decay=optimizer.weight_decay,
         clip=optimizer.clip_grad,
         seed=train.seed,
+        trust=", trust_remote_code=True" if own_code else "",
+        code=_OWN_CODE if own_code else _STOCK_CODE,
         data=", ".join(f"{Path(corpus.path).name} (weight {corpus.weight:g})" for corpus in config.data.train),
     )
 

@@ -26,14 +26,14 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
-from moetrain.checkpoint.manifest import MANIFEST_NAME, Manifest
+from moetrain.checkpoint.files import OS_FILES
 from moetrain.checkpoint.reader import CheckpointReader
-from moetrain.checkpoint.store import Piece, sync_folder, write_synced
-from moetrain.config.loader import config_from_dict, config_to_dict
+from moetrain.checkpoint.store import Piece
+from moetrain.config.loader import config_from_dict
 from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.config.size import parameter_shapes
 from moetrain.convert.mapping import TRANSFORMS, Shape
-from moetrain.convert.upcycle import write_shards
+from moetrain.convert.step_folder import write_step_folder
 from moetrain.convert.whole_folder import appearing_whole, refuse_full_disk, refuse_nonempty
 from moetrain.data.tokenizers import load_tokenizer
 from moetrain.errors import ConversionError
@@ -298,7 +298,7 @@ def import_switch(
             _write(folder, pieces(theirs, model), config, theirs)
             (folder / "config.yaml").write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
             difference = _compare(theirs, folder) if verify and dropped == "zero" else None
-        sync_folder(out.absolute().parent)
+        OS_FILES.sync_folder(out.absolute().parent)
     except OSError as error:
         raise ConversionError(f"importing to {out} failed: {error}") from error
     return ImportReport(out, parameters, unused, tuple(left_out(theirs.config)), difference)
@@ -383,10 +383,7 @@ def _write(folder: Path, parts: Iterator[Piece], config: RunConfig, source: Swit
     tokenizer = config.data.tokenizer
     inside = tokenizer.model_copy(update={"path": str(folder / Path(tokenizer.path).name)})
     extra["tokenizer"] = load_tokenizer(inside).fingerprint
-    record = write_shards(folder, parts)
-    manifest = Manifest(0, 0, config_to_dict(config), {"description": "imported"}, extra, record)
-    write_synced(folder / MANIFEST_NAME, manifest.to_bytes())
-    sync_folder(folder)
+    write_step_folder(folder, parts, config, "imported", extra)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------------------------

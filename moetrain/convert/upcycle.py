@@ -3,7 +3,7 @@
 A dense layer's MLP is copied into every expert (arXiv 2212.05055), and gates that sum to 1 make the copies add up to
 the MLP. A branch that the source lacks (hyper-expert, shared expert) starts at exactly zero, with gradients: its last
 weights are zero, all weights before them are not. Everything else that is new gets the value that a new run would give
-it. Streams: memory holds one block of weights at a time, an expert or another tensor, and up to `BATCH_BYTES` of them.
+it. Streams: memory holds one block of weights at a time, an expert or another tensor, and up to 256 MB of them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint.files import OS_FILES, write_synced
-from moetrain.checkpoint.manifest import MANIFEST_NAME, Manifest, ShardRecord, merge_records
+from moetrain.checkpoint.files import OS_FILES
 from moetrain.checkpoint.reader import CheckpointReader
-from moetrain.checkpoint.store import Piece, save_shard
-from moetrain.config.loader import config_from_dict, config_to_dict
+from moetrain.checkpoint.store import Piece
+from moetrain.config.loader import config_from_dict
 from moetrain.config.schema import RunConfig
 from moetrain.config.size import parameter_shapes
+from moetrain.convert.step_folder import write_step_folder
 from moetrain.convert.upcycle_rules import Transition, plan_transition
 from moetrain.convert.whole_folder import appearing_whole, refuse_full_disk, refuse_nonempty
 from moetrain.errors import ConversionError
@@ -36,7 +36,6 @@ from moetrain.model.reference_logits import megatron_logits
 TOLERANCE = 1e-4
 """Largest difference of a logit, in fp32, that counts as equal. Weights that sum to 1 up to rounding move logits by
 about 1e-6; one misplaced tensor moves them by far more."""
-BATCH_BYTES = 256 * 2**20
 
 Source = Literal["taken", "copied", "zero", "drawn"]
 Shape = tuple[int, ...]
@@ -117,7 +116,8 @@ def upcycle(
     announce(f"upcycling {source.folder} to {out}: {parameters:,} parameters, {4 * parameters / 1e9:.3f} GB")
     try:
         with appearing_whole(out) as folder:
-            _write(folder, _pieces(source, target, weights, transition, noise), source, target)
+            pieces = _pieces(source, target, weights, transition, noise)
+            write_step_folder(folder, pieces, target, "upcycled", _extra(source))
             difference = _compare(source, folder, must_agree=not changes) if verify else None
         OS_FILES.sync_folder(out.absolute().parent)
     except OSError as error:
@@ -204,27 +204,11 @@ def _whole(source: CheckpointReader, target: RunConfig, weight: NewWeight) -> Te
     return initial_weight(weight.name, weight.shape, target.model, target.training.seed)
 
 
-def _write(folder: Path, pieces: Iterator[Piece], source: CheckpointReader, target: RunConfig) -> None:
-    record = write_shards(folder, pieces)
-    extra = {"upcycled_from": {"folder": str(source.folder), "step": source.step}}
+def _extra(source: CheckpointReader) -> dict[str, Any]:
+    extra: dict[str, Any] = {"upcycled_from": {"folder": str(source.folder), "step": source.step}}
     if "tokenizer" in source.extra:  # its tokens are those of the embedding, whoever trains on
         extra["tokenizer"] = source.extra["tokenizer"]
-    manifest = Manifest(0, 0, config_to_dict(target), {"description": "upcycled"}, extra, record)
-    write_synced(folder / MANIFEST_NAME, manifest.to_bytes())
-    OS_FILES.sync_folder(folder)
-
-
-def write_shards(folder: Path, pieces: Iterator[Piece]) -> ShardRecord:
-    """Files of up to `BATCH_BYTES`, or of one larger piece, named as those of so many ranks."""
-    records: list[ShardRecord] = []
-    batch: list[Piece] = []
-    for piece in pieces:
-        if batch and sum(p.tensor.nbytes for p in batch) + piece.tensor.nbytes > BATCH_BYTES:
-            records.append(save_shard(folder, len(records), batch))
-            batch = []
-        batch.append(piece)
-    records.append(save_shard(folder, len(records), batch))
-    return merge_records(records)
+    return extra
 
 
 # --- the proof ------------------------------------------------------------------------------------------------------

@@ -28,13 +28,13 @@ class LogitsReport:
     positions: int
 
 
-def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
+def hf_logits(folder: Path, tokens: Tensor, trust_remote_code: bool = True) -> Tensor:
     """Logits, fp32 [b, s, V], of an exported folder for tokens, int64 [b, s]. Computed on CPU in fp32, offline.
 
-    Runs the folder's own Python files, as any user of the export does: give it only folders that you trust.
+    With `trust_remote_code` it runs the folder's own Python files, as any user of our exports does.
     """
     model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+        folder, trust_remote_code=trust_remote_code, local_files_only=True, dtype=torch.float32
     )
     with torch.no_grad():
         return model.eval()(tokens, use_cache=False).logits

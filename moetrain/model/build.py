@@ -9,7 +9,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -22,6 +21,7 @@ from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
+from moetrain.model.qk_norm import qk_norm
 from moetrain.model.relative_positions import RelativePositions
 from moetrain.model.sequence_head import SequenceModel
 from moetrain.moe.cartesian import CartesianMoE
@@ -103,7 +103,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.kv_heads,
-        kv_channels=model.kv_channels,
+        kv_channels=model.head_dim,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm is not None,
         ffn_hidden_size=model.ffn_hidden_size,
         num_moe_experts=model.moe.num_experts if model.moe else None,
         moe_ffn_hidden_size=model.moe.ffn_hidden_size if model.moe else None,
@@ -195,8 +197,8 @@ def _layer_spec(
             params={"measure": measure, "teacher": teacher, "positions": positions, "tensor_group": groups.tensor},
         ),
         linear_proj=RowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=qk_norm(model.qk_layernorm, model.num_attention_heads, groups.tensor),
+        k_layernorm=qk_norm(model.qk_layernorm, model.kv_heads, groups.tensor),
     )
     return ModuleSpec(
         module=layer_class,

@@ -17,6 +17,7 @@ from moetrain.config.layout import ParallelLayout
 from moetrain.config.relatives import gate_width, state_width
 from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
+from moetrain.model.qk_norm import ProjectionRMSNorm
 from moetrain.model.relative_positions import RelativePositions
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
@@ -32,6 +33,8 @@ _SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.", "router_gru.")
 _WITHOUT_DECAY = ("expert_embedding", "layer_embedding", "relative_positions.weight")
 # Replicated parameters that see this tensor rank's tokens only, whether sequence parallelism is on or not.
 _OF_MOE_BLOCK = (".router.", ".hyper.", ".memory.", ".shared_expert.", ".computation_free.")
+# Replicated parameters that see this tensor rank's heads only.
+_OF_HEADS = (".q_layernorm.", ".k_layernorm.")
 
 
 def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -97,6 +100,10 @@ def _split_dimensions(chunk: Decoder) -> Iterator[tuple[nn.Parameter, int]]:
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             yield module.weight, 0
+            if isinstance(module, ColumnParallelLinear) and module.bias is not None:
+                yield module.bias, 0
+        elif isinstance(module, ProjectionRMSNorm):
+            yield module.weight, 0
         elif isinstance(module, RowParallelLinear | RelativePositions):
             yield module.weight, 1
 
@@ -161,9 +168,9 @@ def _tensor_split(
 
 
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
-    """Whether each tensor rank sees only its own tokens' gradient of this replicated parameter."""
-    in_moe_block = any(part in name for part in _OF_MOE_BLOCK) or name.startswith(_SHARED_BY_LAYERS)
-    return in_moe_block or (sequence_parallel and not name.startswith("head."))
+    """Whether each tensor rank sees only its own tokens' or heads' gradient of this replicated parameter."""
+    own_part = any(part in name for part in (*_OF_MOE_BLOCK, *_OF_HEADS)) or name.startswith(_SHARED_BY_LAYERS)
+    return own_part or (sequence_parallel and not name.startswith("head."))
 
 
 @torch.no_grad()
@@ -236,6 +243,7 @@ def _initial_distribution(name: str, model: ModelConfig) -> tuple[str, float]:
     table: list[tuple[str, str, float]] = [
         ("*layernorm.weight", "constant", 1.0),
         ("head.bias", "constant", 0.0),
+        ("*.linear_qkv.bias", "constant", 0.0),
         ("*.linear_proj.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.linear_fc2.weight", "normal", std / math.sqrt(2 * model.num_layers)),
         ("*.experts.fc2", "normal", std / math.sqrt(2 * model.num_layers)),

@@ -11,6 +11,7 @@ GATES = ("raw", "renormalized")
 IMPORTANCE = ("self_weight", "row_max", "row_entropy", "predicted")
 DIRECTIONS = ("high", "low")
 BUDGETS = ("mean_k", "paper")
+QK_NORMS = (None, "head", "projection")
 HYPER_CHOICES = {
     "condition_on": ("unselected", "selected", "constant", "static"),
     "aggregation": ("mean", "sum", "prob"),
@@ -26,6 +27,9 @@ class MoetrainConfig(PretrainedConfig):
     Args:
         moe_layers: for each layer, 1 if it has experts, 0 if it is dense; empty means all dense.
         intermediate_size: hidden units of a dense layer; moe_intermediate_size: of one expert.
+        head_dim: width of an attention head; default: hidden_size / num_attention_heads.
+        qkv_bias: whether queries, keys and values have biases.
+        qk_norm: RMSNorm of queries and keys: `head`, of each with one weight for all; `projection`, of all together.
         router_type: `top_k` gives every token `num_experts_per_tok` experts; `da_moe` gives it between `min_k` and
             `max_k`, from its importance in the same layer's attention.
         router_gates: `raw` weighs an expert by its softmax probability over all experts, `renormalized` by that
@@ -57,6 +61,9 @@ class MoetrainConfig(PretrainedConfig):
         num_hidden_layers: int = 12,
         num_attention_heads: int = 16,
         num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: str | None = None,
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -85,6 +92,9 @@ class MoetrainConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
@@ -114,9 +124,10 @@ class MoetrainConfig(PretrainedConfig):
             ("importance", IMPORTANCE),
             ("importance_direction", DIRECTIONS),
             ("budget", BUDGETS),
+            ("qk_norm", QK_NORMS),
         ):
             if getattr(self, name) not in legal:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; legal: {', '.join(legal)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; legal: {', '.join(map(str, legal))}")
         for name, legal in HYPER_CHOICES.items():
             if self.hyper is not None and self.hyper.get(name) not in legal:
                 raise ValueError(f"hyper[{name!r}] is {self.hyper.get(name)!r}; legal: {', '.join(legal)}")
@@ -124,19 +135,14 @@ class MoetrainConfig(PretrainedConfig):
             raise ValueError(
                 f"moe_layers has {len(self.moe_layers)} entries; num_hidden_layers is {self.num_hidden_layers}"
             )
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError("hidden_size / num_attention_heads must be a whole, even number")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         if any(self.moe_layers) and not 1 <= self.top_experts <= self.num_experts:
             raise ValueError(
                 f"a token may get {self.top_experts} experts; legal: 1 to num_experts ({self.num_experts})"
             )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def top_experts(self) -> int:

@@ -133,19 +133,26 @@ class MoetrainAttention(nn.Module):
         self.layer_idx = layer
         self.head_dim = head
         self.importance = config.attention_statistic if config.moe_layers[layer] else None
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm is not None:
+            of_all = config.qk_norm == "projection"
+            self.q_norm = MoetrainRMSNorm(head * (config.num_attention_heads if of_all else 1), config.rms_norm_eps)
+            self.k_norm = MoetrainRMSNorm(head * (config.num_key_value_heads if of_all else 1), config.rms_norm_eps)
+        self.norm_of_heads = config.qk_norm == "head"
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, past: int, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         b, s, _ = x.shape
-        query, key, value = (
-            projection(x).view(b, s, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.norm_of_heads:
+            query, key = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key))
+        parts = (self.q_norm(query), self.k_norm(key), value)
+        query, key, value = (part.view(b, s, -1, self.head_dim).transpose(1, 2) for part in parts)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past_key_values is not None:
             # transformers 4 needs the place of new tokens for a static cache; 5 keeps count itself.

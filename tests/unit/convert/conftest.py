@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.schema import ModelConfig
+from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf import hf_config
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM
 from moetrain.convert.mapping import ParamMap
@@ -27,7 +28,9 @@ DA = {"type": "da_moe", "min_k": 1, "max_k": 4, "mean_k": 2.0}
 KINDS: dict[str, dict] = {
     "dense": {},
     "dense-tied": {"share_embeddings_and_output_weights": True},
+    "dense-biased-wide-heads": {"kv_channels": 10, "add_qkv_bias": True, "qk_layernorm": "head"},
     "top_k": {"moe": {"layer_freq": 2}},
+    "da_moe-normed-projections": {"qk_layernorm": "projection", "moe": {"router": DA | {"importance": "row_max"}}},
     "top_k-renormalized": {"moe": {"router": {"type": "top_k", "top_k": 3, "gates": "renormalized"}}},
     "top_k-hyper": {"moe": {"layer_freq": [1, 0, 1], "hyper": HYPER}},
     "top_k-hyper-sum-tied": {
@@ -83,7 +86,7 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """fp32 tensors under our names, large enough that attention, routing and the generated expert all matter."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in ParamMap(model).ours().items():
+    for name, shape in ParamMap(model, RULES).ours().items():
         noise = torch.randn(shape, generator=generator)
         if "layernorm" in name:
             weights[name] = 1 + 0.2 * noise
@@ -131,7 +134,9 @@ def build() -> Callable[[ModelConfig, dict[str, Tensor]], MoetrainForCausalLM]:
 
     def from_weights(model: ModelConfig, weights: dict[str, Tensor]) -> MoetrainForCausalLM:
         network = MoetrainForCausalLM(hf_config(model)).eval()
-        missing, unexpected = network.load_state_dict(dict(ParamMap(model).export(DictSource(weights))), strict=False)
+        missing, unexpected = network.load_state_dict(
+            dict(ParamMap(model, RULES).export(DictSource(weights))), strict=False
+        )
         assert not unexpected
         assert set(missing) <= ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
         return network

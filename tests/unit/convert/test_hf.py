@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 import moetrain.convert.hf as hf
 from moetrain.checkpoint import CheckpointReader, Manifest, Piece, save_shard
 from moetrain.cli.convert import app
+from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf import export_hf
 from moetrain.convert.mapping import TRANSFORMS, ParamMap, Transform
 from moetrain.convert.verify import compare_logits, hf_logits, verify_export
+from moetrain.convert.weight_file import write_weight_file
 from moetrain.data.train_tokenizer import train_sentencepiece
 from moetrain.errors import ConversionError
 
@@ -110,7 +112,7 @@ def load(folder: Path, **options):
 def test_an_export_loads_has_the_same_logits_and_generates(run, build, weights, kind, tmp_path):
     reader = CheckpointReader(run(kind) / "checkpoints" / "step-00000020")
     said: list[str] = []
-    report = export_hf(reader, tmp_path / "out", announce=said.append)
+    report = export_hf(reader, tmp_path / "out", architecture="moetrain", announce=said.append)
     network, names = load(tmp_path / "out"), {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
@@ -151,7 +153,7 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(run, tmp_path):
 def test_bfloat16_rounds_weights_and_leaves_thresholds_alone(reader, tmp_path):
     report = export_hf(reader, tmp_path / "out", dtype="bfloat16")
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    exact = dict(ParamMap(hf.run_config(reader.config).model).export(hf.ModelWeights(reader)))
+    exact = dict(ParamMap(hf.run_config(reader.config).model, RULES).export(hf.ModelWeights(reader)))
     assert report.dtype == json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     for name, tensor in exact.items():
         wanted = tensor if name.endswith("thresholds") else tensor.bfloat16()
@@ -182,25 +184,32 @@ def test_no_file_exceeds_the_shard_limit_and_the_index_names_every_tensor(reader
     assert torch.equal(hf_logits(tmp_path / "out", tokens), hf_logits(tmp_path / "whole", tokens))
 
 
-def test_a_shard_is_written_before_the_next_one_is_collected(reader, tmp_path, monkeypatch):
-    """Otherwise the whole model would be in memory."""
-    reads_before_save, reads = [], []
-    save, read = hf.save_file, CheckpointReader.read
+def test_a_file_is_written_before_the_next_one_is_read(reader, tmp_path, monkeypatch):
+    """And within a file each block is read when it is due, once; otherwise a file would be in memory."""
+    reads, reads_after_file, held = [], [], []
+    write, read = hf.write_weight_file, CheckpointReader.read
 
-    def counting_save(tensors, *words, **options):
-        reads_before_save.append(len(reads))
-        save(tensors, *words, **options)
+    def counting_write(path, entries, tensors):
+        def watched():
+            for name, tensor in tensors:
+                held.append(len(reads))
+                yield name, tensor
+
+        written = write(path, entries, watched())
+        reads_after_file.append(len(reads))
+        return written
 
     def counting_read(self, name, *block):
-        reads.append(name)
+        reads.append((name, *block))
         return read(self, name, *block)
 
-    monkeypatch.setattr(hf, "save_file", counting_save)
+    monkeypatch.setattr(hf, "write_weight_file", counting_write)
     monkeypatch.setattr(CheckpointReader, "read", counting_read)
     report = export_hf(reader, tmp_path / "out", max_shard_size="30KB")
-    assert len(reads_before_save) == len(report.weight_files)
-    assert reads_before_save[0] < len(reads) / 2
-    assert reads_before_save == sorted(set(reads_before_save))
+    assert len(reads_after_file) == len(report.weight_files)
+    assert reads_after_file == sorted(set(reads_after_file))
+    assert held == sorted(held) and held[0] == 1
+    assert len(reads) <= len(set(reads)) + len(report.weight_files)  # a block's parts may lie in two files
 
 
 @pytest.mark.parametrize("there", ["file", "folder with a file"])
@@ -230,26 +239,25 @@ def test_a_failed_export_leaves_nothing(reader, tmp_path, monkeypatch):
     def disk_full(*_args, **_options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hf, "save_file", disk_full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(hf, "write_weight_file", disk_full)
+    with pytest.raises(ConversionError, match=r"no space left.*nothing was left"):
         export_hf(reader, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_export_leaves_nothing_under_its_name(reader, tmp_path, monkeypatch):
-    def save_and_die(tensors, path, **options):
-        save_file(tensors, path, **options)
+    def save_and_die(*words):
+        write_weight_file(*words)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(hf, "save_file", save_and_die)
+    monkeypatch.setattr(hf, "write_weight_file", save_and_die)
     # A fork has everything imported, so it dies in milliseconds.
     child = multiprocessing.get_context("fork").Process(target=export_hf, args=(reader, tmp_path / "out"))
     child.start()
     child.join(timeout=60)
     assert child.exitcode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.")
-    assert left.name.endswith(".partial")
+    assert left.name == ".out.partial"
     assert (left / "model.safetensors").is_file()
 
 

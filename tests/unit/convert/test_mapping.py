@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf_config import hf_config
 from moetrain.convert.mapping import ParamMap, read_whole
 from moetrain.errors import ConversionError
@@ -12,8 +13,8 @@ from moetrain.errors import ConversionError
 
 def test_there_and_back_every_tensor_is_byte_identical(model, weights, source):
     ours = weights(model)
-    theirs = dict(ParamMap(model).export(source(ours)))
-    back = dict(ParamMap(model).invert(source(theirs)))
+    theirs = dict(ParamMap(model, RULES).export(source(ours)))
+    back = dict(ParamMap(model, RULES).invert(source(theirs)))
     assert back.keys() == ours.keys()
     for name, tensor in ours.items():
         assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
@@ -21,7 +22,7 @@ def test_there_and_back_every_tensor_is_byte_identical(model, weights, source):
 
 
 def test_announced_shapes_and_order_are_those_of_the_tensors(model, weights, source):
-    mapping = ParamMap(model)
+    mapping = ParamMap(model, RULES)
     exported = list(mapping.export(source(weights(model))))
     assert [name for name, _ in exported] == list(mapping.theirs())
     assert {name: tuple(t.shape) for name, t in exported} == {n: t.shape for n, t in mapping.theirs().items()}
@@ -32,14 +33,14 @@ def test_targets_are_exactly_the_state_of_the_modelling_file(model, build, weigh
     if model.share_embeddings_and_output_weights:
         del state["lm_head.weight"]
     assert {name: tuple(t.shape) for name, t in state.items()} == {
-        name: target.shape for name, target in ParamMap(model).theirs().items()
+        name: target.shape for name, target in ParamMap(model, RULES).theirs().items()
     }
 
 
 def test_query_groups_are_taken_apart_head_by_head(of_kind, weights, source):
     model = of_kind("dense")
     ours = weights(model)
-    theirs = dict(ParamMap(model).export(source(ours)))
+    theirs = dict(ParamMap(model, RULES).export(source(ours)))
     fused, width = ours["decoder.layers.1.self_attention.linear_qkv.weight"], model.head_dim
     heads = list(fused.split(width))  # two groups of: query, query, key, value
     for projection, order in {"q": (0, 1, 4, 5), "k": (2, 6), "v": (3, 7)}.items():
@@ -54,7 +55,7 @@ def test_experts_are_read_one_at_a_time(of_kind, weights, source):
     seen = []
     original = reader.read
     reader.read = lambda name, offset, shape: seen.append((name, shape[0])) or original(name, offset, shape)
-    list(ParamMap(model).export(reader))
+    list(ParamMap(model, RULES).export(reader))
     assert sorted(seen_name for seen_name, rows in seen if rows == 1 and seen_name in names) == sorted(
         name for name in names for _ in range(model.moe.num_experts)
     )
@@ -63,7 +64,7 @@ def test_experts_are_read_one_at_a_time(of_kind, weights, source):
 @pytest.mark.parametrize("direction", ["export", "invert"])
 def test_missing_left_over_and_misshaped_tensors_are_errors_with_their_names(of_kind, weights, source, direction):
     model = of_kind("da_moe-hyper")
-    mapping, tensors = ParamMap(model), weights(model)
+    mapping, tensors = ParamMap(model, RULES), weights(model)
     if direction == "invert":
         tensors = dict(mapping.export(source(tensors)))
     name = next(n for n in tensors if n.endswith(("experts.fc2", "experts.3.down_proj.weight")))
@@ -81,7 +82,7 @@ def test_missing_left_over_and_misshaped_tensors_are_errors_with_their_names(of_
 def test_a_controller_without_a_config_for_it_is_left_over(of_kind, weights, source):
     tensors = weights(of_kind("da_moe-self_weight-mean_k"))
     with pytest.raises(ConversionError, match="thresholds"):
-        next(ParamMap(of_kind("da_moe-self_weight-paper")).export(source(tensors)))
+        next(ParamMap(of_kind("da_moe-self_weight-paper"), RULES).export(source(tensors)))
 
 
 def test_a_model_that_the_export_cannot_compute_is_refused_by_its_setting(of_kind):

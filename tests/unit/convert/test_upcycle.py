@@ -20,6 +20,7 @@ from moetrain.cli.upcycle import app
 from moetrain.config.loader import config_to_dict, dump_yaml
 from moetrain.config.schema import ParallelConfig, RunConfig
 from moetrain.config.size import parameter_shapes
+from moetrain.convert import step_folder
 from moetrain.convert.upcycle import upcycle
 from moetrain.errors import ConversionError
 from moetrain.model import reference_logits
@@ -340,7 +341,7 @@ def test_logits_that_differ_or_a_full_disk_leave_nothing_behind(save: Save, tmp_
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_synced", full)
+    monkeypatch.setattr(step_folder, "write_synced", full)
     with pytest.raises(ConversionError, match="No space left on device"):
         upcycle(source, config(MOE), tmp_path / "out", announce=lambda _: None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
@@ -348,9 +349,9 @@ def test_logits_that_differ_or_a_full_disk_leave_nothing_behind(save: Save, tmp_
 
 def test_memory_holds_a_block_of_weights_at_a_time(save: Save, tmp_path: Path, monkeypatch: Any) -> None:
     largest = []
-    monkeypatch.setattr(module, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(step_folder, "BATCH_BYTES", 4096)
     monkeypatch.setattr(
-        module,
+        step_folder,
         "save_shard",
         lambda folder, rank, batch: (
             largest.append((len(batch), sum(p.tensor.nbytes for p in batch))) or save_shard(folder, rank, batch)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.schema import ModelConfig
+from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf import hf_config
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM, MoetrainRouter
 from moetrain.convert.mapping import ParamMap
@@ -56,7 +57,7 @@ class Checkpoint:
             "training": {"train_iters": 1, "global_batch_size": 1},
         }
         self.tensors: dict[str, Tensor] = {}
-        for name, shape in ParamMap(model).ours().items():
+        for name, shape in ParamMap(model, RULES).ours().items():
             noise = torch.randn(shape, generator=generator)
             scale = 1.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.3
             self.tensors[name] = noise * scale + (1.0 if "layernorm" in name else 0.0)
@@ -104,7 +105,7 @@ def test_losses_and_routing_are_those_of_the_exported_model(traced: tuple[Checkp
     checkpoint, trace = traced
     model = ModelConfig.model_validate(checkpoint.config["model"])
     network = MoetrainForCausalLM(hf_config(model)).eval()
-    network.load_state_dict(dict(ParamMap(model).export(checkpoint)), strict=False)  # pyright: ignore
+    network.load_state_dict(dict(ParamMap(model, RULES).export(checkpoint)), strict=False)  # pyright: ignore
     nll: list[float] = []
     with watched(network) as seen:
         for passage in trace.reading.passages:
