@@ -38,12 +38,10 @@ def refuse_inexpressible(model: OurConfig) -> None:
     """ConversionError for a model that the exported files cannot compute."""
     if used := relatives_used(model):
         raise ConversionError(f"the exported modelling code has nothing for {', '.join(used)}; such a model stays here")
-    for name in ("position_embedding", "activation", "kv_channels"):
+    for name in ("position_embedding", "activation"):
         value, plain = getattr(model, name), OurConfig.model_fields[name].default
         if value != plain:
-            raise ConversionError(
-                f"model.{name} ({value}): the exported modelling code has {plain or 'the default'} only"
-            )
+            raise ConversionError(f"model.{name} ({value}): the exported modelling code has {plain} only")
     if model.moe is not None and model.moe.hyper is not None and model.moe.hyper.condition_on == "random_fixed":
         raise ConversionError(
             "model.moe.hyper.condition_on is random_fixed: embeddings that are in no checkpoint cannot be exported; "
