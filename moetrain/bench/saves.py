@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class SaveReport:
     machine: Machine
     command: str
     started: str
+    load_before: float
+    load_after: float
     times: list[SaveTimes]
 
 
@@ -128,26 +131,33 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def report_of(times: list[SaveTimes], command: str, started: str) -> SaveReport:
-    """With the machine."""
-    return SaveReport(describe("cpu"), command, started, times)
+def run(sizes: list[int], folder: Path, rounds: int, command: str, tell: Callable[[str], None]) -> SaveReport:
+    """`measure_saves` and where and when that was."""
+    started, load = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", os.getloadavg()[0]
+    times = measure_saves(sizes, folder, rounds, tell)
+    return SaveReport(describe("cpu"), command, started, load, os.getloadavg()[0], times)
 
 
-def table(report: SaveReport) -> list[list[str]]:
+def table(report: SaveReport, quartiles: bool = True) -> list[list[str]]:
     """Head and rows, as text."""
-    head = ["state, MB", "stall, s", "first stall, s", "synchronous save, s", "synchronous / stall"]
-    head += ["written in the background, s", "save, GB/s", "copy, GB/s", "save / copy"]
+    head = ["state, MB", "stall, s", "first stall, s", "synchronous, s", "synchronous / stall"]
+    head += ["in background, s", "save, GB/s", "copy, GB/s", "save / copy"]
     rows = []
+
+    def text(seconds: list[float]) -> str:
+        of = spread(seconds)
+        return f"{of.median:.3f}" + (f" ({of.low:.3f}–{of.high:.3f})" if quartiles else "")
+
     for one in report.times:
         stall, save, copy = spread(one.stall).median, spread(one.foreground).median, spread(one.copy).median
         rows.append(
             [
                 f"{one.nbytes / 1e6:.0f}",
-                _with_quartiles(one.stall),
+                text(one.stall),
                 significant(one.first_stall),
-                _with_quartiles(one.foreground),
-                f"{save / stall:.0f}×",
-                _with_quartiles(one.background),
+                text(one.foreground),
+                f"{save / stall:.1f}×",
+                text(one.background),
                 significant(one.nbytes / save / 1e9),
                 significant(one.nbytes / copy / 1e9),
                 f"{copy / save:.0%}",
@@ -156,23 +166,27 @@ def table(report: SaveReport) -> list[list[str]]:
     return [head, *rows]
 
 
-def _with_quartiles(seconds: list[float]) -> str:
-    of = spread(seconds)
-    return f"{of.median:.4f} ({of.low:.4f}–{of.high:.4f})"
-
-
-def machine_line(report: SaveReport) -> str:
-    """Where and when."""
+def machine_lines(report: SaveReport) -> list[str]:
+    """Where and when, and whether anything else went on."""
     machine = report.machine
     commit = f"; commit {machine.commit}" if machine.commit else ""
-    return f"{machine.name}; {machine.cores} cores; torch {machine.torch}{commit}; {report.started}"
+    lines = [
+        f"{machine.name}; {machine.cores} cores; torch {machine.torch}, {torch.get_num_threads()} threads{commit}",
+        f"{report.started}; load average {report.load_before:.1f} before, {report.load_after:.1f} after",
+    ]
+    if report.load_before > machine.cores / 2:
+        lines.append(
+            "The machine was busy: the stall, a copy in memory, suffers most; read the seconds as upper bounds"
+        )
+    return lines
 
 
 def write(report: SaveReport, path: Path) -> None:
     """The page, whole or not at all."""
     head, *rows = table(report)
     lines = [head, ["---"] * len(head), *rows]
-    parts = ["# Saves, measured", MARK, HOW_TO_READ, f"```\n{report.command}\n```", f"- {machine_line(report)}"]
+    parts = ["# Saves, measured", MARK, HOW_TO_READ, f"```\n{report.command}\n```"]
+    parts.append("\n".join(f"- {line}" for line in machine_lines(report)))
     parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     whole = path.with_name(f".{path.name}.new")
     whole.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,24 +87,25 @@ def checkpoint(
 
     if write_to is not None:
         check_target(write_to, saves.MARK)
-    started = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    times = saves.measure_saves(
-        [n * 10**6 for n in megabytes], folder, rounds, lambda what: typer.echo(what, err=True) if not quiet else None
-    )
     command = f"moetrain bench checkpoint --sizes {','.join(map(str, megabytes))} --rounds {rounds}"
-    report = saves.report_of(times, command, started)
+
+    def tell(what: str) -> None:
+        if not quiet:
+            typer.echo(what, err=True)
+
+    report = saves.run([n * 10**6 for n in megabytes], folder, rounds, command, tell)
     if write_to is not None:
         saves.write(report, write_to)
     if as_json:
         typer.echo(json.dumps(saves.to_json(report), indent=2))
         return
-    head, *rows = saves.table(report)
+    head, *rows = saves.table(report, quartiles=False)
     shown = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         shown.add_row(*row)
     console = Console(highlight=False)
     console.print(shown)
-    console.print(Text(f"{saves.HOW_TO_READ}\n{saves.machine_line(report)}"))
+    console.print(Text("\n".join([saves.HOW_TO_READ, *saves.machine_lines(report)])))
 
 
 def _settings(device: str, lists: dict[str, str | None], numbers: dict[str, float | None], only: list[str]) -> Settings:

@@ -68,6 +68,7 @@ def _summary(config: RunConfig, layout: ParallelLayout | None) -> list[tuple[str
             "optimizer",
             f"{optimizer.type}, lr {optimizer.lr:g} ({optimizer.schedule.type}), ZeRO stage {config.zero.stage}",
         ),
+        ("checkpoint", _checkpoint_line(config)),
         ("layout", _layout_line(config, layout)),
     ]
 
@@ -88,6 +89,13 @@ def _training_line(config: RunConfig) -> str:
         f"{_short(train.train_iters * step)} tokens, {train.precision}; {_short(flops)}FLOP per token, "
         f"{_short(flops * step)}FLOP per step"
     )
+
+
+def _checkpoint_line(config: RunConfig) -> str:
+    settings, nbytes = config.checkpoint, 12 * parameter_count(config.model).total
+    when = f"every {settings.save_interval} steps" if settings.save_interval else "at the end"
+    how = "beside training, with as much host memory over all ranks" if settings.async_save else "training waits"
+    return f"{_short(nbytes)}B (weights and Adam's moments in fp32) {when}; {how}"
 
 
 def _layout_line(config: RunConfig, layout: ParallelLayout | None) -> str:

@@ -55,7 +55,7 @@ def _processors() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free
-    effect = "a checkpoint takes 12 bytes per parameter; checkpoint.keep_last of them are kept"
+    effect = "a checkpoint takes 12 bytes per parameter; checkpoint.keep_* says how many are kept"
     status = "ok" if free >= _MIN_FREE_DISK else "wrong"
     return Finding("disk", status, f"{free / _GIB:.0f} GiB free under {Path.cwd()}", effect)
 

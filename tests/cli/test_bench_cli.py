@@ -77,3 +77,29 @@ def test_a_file_of_the_users_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine\n")
     assert "was not written by this command" in refusal(tmp_path, *TINY, "--write", "notes.md")
     assert (tmp_path / "notes.md").read_text() == "mine\n"
+
+
+def test_saves_are_measured_and_nothing_stays_on_the_disk(tmp_path: Path) -> None:
+    words = ["bench", "checkpoint", "--sizes", "1,2", "--rounds", "2", "--quiet"]
+    result = run_cli([*words, "--write", "saves.md"], tmp_path)
+    assert result.code == 0, result
+    assert "stall" in result.stdout and [path.name for path in tmp_path.iterdir()] == ["saves.md"]
+    page = (tmp_path / "saves.md").read_text(encoding="utf-8")
+    assert "moetrain bench checkpoint --sizes 1,2 --rounds 2" in page and "| state, MB | stall, s |" in page
+    report = json.loads(run_cli([*words, "--json"], tmp_path).stdout)
+    assert [round(one["nbytes"] / 1e6) for one in report["times"]] == [1, 2]
+    assert all(len(one["stall"]) == len(one["copy"]) == 2 for one in report["times"])
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--sizes", "10,x"), '--sizes: "x" in "10,x" must be a whole number'),
+        (("--folder", "gone"), "--folder gone: not a folder"),
+        (("--sizes", "999999999"), "GB free; this needs"),
+        (("--write", "gone/saves.md"), "the folder gone is not there"),
+    ],
+)
+def test_saves_that_cannot_be_measured_are_refused(tmp_path: Path, words: tuple[str, ...], error: str) -> None:
+    result = run_cli(["bench", "checkpoint", *words], tmp_path)
+    assert result.code == 2 and error in result.stderr, result
