@@ -26,6 +26,8 @@ ARMS: dict[str, dict[str, Any]] = {
     # Both readings of the paper's maximum (`docs/concepts/da-moe.md`): of what a token receives, and of what it gives.
     "damoe-col": {"router": {"type": "da_moe", "importance": "col_max", "budget": "paper"}},
     "damoe-row": {"router": {"type": "da_moe", "importance": "row_max", "budget": "paper"}},
+    # The paper's K is 1 where importance stays below 1 / num_experts; this one is 2 on average, whatever the texts.
+    "damoe-mean-k": {"router": {"type": "da_moe", "importance": "col_max", "mean_k": 2.0}},
 }
 """Name of an arm, and the settings under `model.moe` that it changes."""
 

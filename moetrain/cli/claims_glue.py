@@ -34,7 +34,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Score:
-    """What one part of a task gave to one arm with one seed."""
+    """What one part of a task gave to one arm with one seed. `mean_k`: experts per token in the last step of training;
+    None without MoE layers."""
 
     task: str
     part: str
@@ -45,6 +46,7 @@ class Score:
     train_examples: int
     skipped: int
     steps: int
+    mean_k: float | None = None
 
 
 class Dropped(StrEnum):
@@ -69,7 +71,7 @@ def glue(
     tasks: Annotated[list[str] | None, typer.Option("--task", help="only these; default: those in --data")] = None,
     arms: Annotated[
         list[str] | None,
-        typer.Option("--arm", help="plain (default), hypermoe, damoe-col, damoe-row; each that is named is trained"),
+        typer.Option("--arm", help="plain (default), hypermoe, damoe-col, damoe-row, damoe-mean-k; all that are named"),
     ] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="times through the training examples")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per step")] = 32,
@@ -144,9 +146,13 @@ class _Plan:
             summary = self._launch(converted)
             kept = {name: summary["eval_scores"][name] for name in self.task.metrics}
             skipped = converted.skipped + self.train.skipped
-            counts = converted.examples, self.train.examples, skipped, self.steps
+            counts = converted.examples, self.train.examples, skipped, self.steps, self._mean_k()
             scores.append(Score(self.task.name, part, self.arm, self.seed, kept, *counts))
         return scores
+
+    def _mean_k(self) -> float | None:
+        lines = (self.folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return next((row["train/mean_k"] for row in map(json.loads, reversed(lines)) if "train/mean_k" in row), None)
 
     def _launch(self, valid: Converted) -> dict[str, Any]:
         from moetrain.launch.local import launch_local
@@ -258,16 +264,18 @@ def write_report(out: Path, model: Path, recipe: Recipe, scores: Sequence[Score]
         "",
         f"Model: `{model}`. {recipe.epochs:g} epochs, {recipe.batch_size} texts a step, peak rate {recipe.lr:g}, "
         f"weight decay {recipe.weight_decay:g}, seeds {seeds}; no selection among epochs, rates or seeds. Held-out "
-        "parts with public labels (`dev`). Measures of several seeds: mean and standard deviation.",
+        "parts with public labels (`dev`). Measures of several seeds: mean and standard deviation. Mean K: experts per "
+        "token in the last step.",
         "",
-        "| task | arm | measures | held-out texts | training texts | lines left out | steps |",
-        "|---|---|---|---|---|---|---|",
+        "| task | arm | measures | mean K | held-out texts | training texts | lines left out | steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (task, part, arm), group in _groups(scores).items():
         name = task if part == "dev" else f"{task} {part.removeprefix('dev_')}"
         measures = ", ".join(f"{m} {_spread([s.scores[m] for s in group])}" for m in group[0].scores)
         s = group[0]
-        counts = f"{s.examples:,} | {s.train_examples:,} | {s.skipped:,} | {s.steps:,}"
+        mean_k = "" if s.mean_k is None else f"{statistics.fmean(g.mean_k or 0.0 for g in group):.2f}"
+        counts = f"{mean_k} | {s.examples:,} | {s.train_examples:,} | {s.skipped:,} | {s.steps:,}"
         lines.append(f"| {name} | {arm} | {measures} | {counts} |")
     lines += ["", "Mean over tasks (a task's measures, parts and seeds are averaged first):", ""]
     lines += [f"- {arm}: {average:.4f}" for arm, average in averages.items()]
