@@ -41,11 +41,18 @@ def to_hf(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A .model, a tokenizer.json or its folder; default: the run's own.")
     ] = None,
+    architecture: Annotated[
+        str,
+        typer.Option(
+            help="auto: the first stock architecture that computes exactly this model, else moetrain, whose code "
+            "travels along; or moetrain, mixtral, qwen3_moe, olmoe, dots1, llama, qwen2, qwen3."
+        ),
+    ] = "auto",
     verify: Annotated[
         bool, typer.Option(help="Compare the export's logits with the training model's; needs memory for both.")
     ] = False,
 ) -> None:
-    """Export a checkpoint as a Hugging Face model folder. Needs no GPU and no process group."""
+    """Export a checkpoint as a Hugging Face model folder, without a GPU. A killed export goes on when repeated."""
     from moetrain.checkpoint import CheckpointReader, find_step_folder
     from moetrain.convert.hf import export_hf
     from moetrain.convert.verify import LogitsReport, verify_export
@@ -58,10 +65,14 @@ def to_hf(
             dtype=dtype.value,
             max_shard_size=max_shard_size,
             tokenizer=tokenizer,
+            architecture=architecture,
             check=(lambda folder: proof.append(verify_export(reader, folder))) if verify else None,
             announce=typer.echo,
         )
-    typer.echo(f"wrote {report.folder}: {report.tensors} tensors in {len(report.weight_files)} weight file(s)")
+    typer.echo(
+        f"wrote {report.folder} as {report.architecture}: {report.tensors} tensors in "
+        f"{len(report.weight_files)} weight file(s)"
+    )
     for logits in proof:
         typer.echo(
             f"verified: {logits.positions} positions, largest difference of a logit {logits.max_abs:.2g}, "

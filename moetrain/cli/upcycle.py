@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -16,7 +19,10 @@ app = typer.Typer(add_completion=False)
 def upcycle(
     source: Annotated[
         Path,
-        typer.Argument(help="a step folder, a `checkpoints` folder or a run folder (its latest)", metavar="SOURCE"),
+        typer.Argument(
+            help="a step folder, a `checkpoints` folder or a run folder (its latest); or a Hugging Face folder",
+            metavar="SOURCE",
+        ),
     ],
     words: Words,
     out: Annotated[Path, typer.Option(help="the folder to write; must be absent or empty")],
@@ -35,13 +41,13 @@ def upcycle(
     FILES and KEY=VALUE describe the run to come. Start it with checkpoint.load=OUT
     checkpoint.load_weights_only=true, on any layout.
     """
-    from moetrain.checkpoint import CheckpointReader, find_step_folder
+    from moetrain.checkpoint import CheckpointReader
     from moetrain.config.loader import load_config
     from moetrain.convert.upcycle import upcycle as write
 
     files, overrides = split_words(words)
     config = load_config(files, overrides)
-    with CheckpointReader(find_step_folder(source)) as reader:
+    with _step_folder(source, out) as folder, CheckpointReader(folder) as reader:
         report = write(reader, config, out, noise, allow_change, verify, announce=typer.echo)
     counts = ", ".join(f"{number} {kind}" for kind, number in sorted(report.sources.items()))
     typer.echo(f"wrote {report.folder}: {report.parameters:,} parameters in tensors {counts}")
@@ -52,3 +58,17 @@ def upcycle(
             f"compared: {report.difference.positions} positions, largest difference of a logit "
             f"{report.difference.max_abs:.2g}"
         )
+
+
+@contextmanager
+def _step_folder(source: Path, out: Path) -> Iterator[Path]:
+    """The checkpoint that is meant. A Hugging Face folder is imported for the while, on the disk of `out`."""
+    from moetrain.checkpoint import find_step_folder
+    from moetrain.convert.from_hf import import_hf
+
+    if not (source / "config.json").is_file():
+        yield find_step_folder(source)
+        return
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", suffix=".imported", dir=out.absolute().parent) as folder:
+        yield import_hf(source, Path(folder) / "step", announce=typer.echo).folder

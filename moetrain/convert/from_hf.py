@@ -137,7 +137,7 @@ def _param_map(weights: _Weights, architecture: Architecture, model: ModelConfig
     """The table in the spelling that fits the folder's names best. ConversionError where even that one does not fit."""
     there = set(weights.names())
     maps = [ParamMap(model, rules) for rules in architecture.spellings]
-    best = min(maps, key=lambda m: len(m.theirs().keys() - there))
+    best = max(maps, key=lambda m: len(m.theirs().keys() & there))
     check_tensors(weights, {name: target.shape for name, target in best.theirs().items()})
     return best
 

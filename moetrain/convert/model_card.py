@@ -30,11 +30,7 @@ tags:
 
 ## Training
 
-Pretrained with moetrain for {step:,} of {planned:,} steps of {batch:,} sequences of {context:,} tokens; it has seen
-{tokens:,} tokens. {precision} with fp32 masters, AdamW, peak learning rate {lr:g} ({schedule}), weight decay {decay:g},
-gradient norm clipped at {clip:g}, seed {seed}. Data: {data}.
-
-It is a base model: it continues text, and has been taught neither to follow instructions nor to avoid harmful output.
+{training}
 
 ## Use
 
@@ -50,6 +46,14 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 
 {code}
 """
+_TRAINED = """\
+Pretrained with moetrain for {step:,} of {planned:,} steps of {batch:,} sequences of {context:,} tokens; it has seen
+{tokens:,} tokens. {precision} with fp32 masters, AdamW, peak learning rate {lr:g} ({schedule}), weight decay {decay:g},
+gradient norm clipped at {clip:g}, seed {seed}. Data: {data}.
+
+It is a base model: it continues text, and has been taught neither to follow instructions nor to avoid harmful output.
+"""
+_NOT_TRAINED = "Weights that moetrain was given, in another form; it has made no training step on them.\n"
 _OWN_CODE = """\
 `trust_remote_code=True` runs the two Python files of this folder; they need torch and transformers (4.57 or newer)."""
 _STOCK_CODE = "transformers has the architecture itself; the folder holds no code."
@@ -58,7 +62,7 @@ _STOCK_CODE = "transformers has the architecture itself; the folder holds no cod
 def model_card(config: RunConfig, step: int, samples: int, parameters: int, dtype: str, own_code: bool = True) -> str:
     """Markdown with a metadata header. `own_code`: the folder has modelling files. Corpora appear by file name only, so
     no path of the training machine leaks."""
-    model, train, optimizer = config.model, config.training, config.optimizer
+    model = config.model
     return _TEMPLATE.format(
         tags="- mixture-of-experts\n" if model.moe is not None else "",
         name=config.run.name,
@@ -71,18 +75,26 @@ def model_card(config: RunConfig, step: int, samples: int, parameters: int, dtyp
         vocabulary=model.vocab_size,
         context=model.seq_length,
         dtype=dtype,
+        training=_training(config, step, samples) if step else _NOT_TRAINED,
+        trust=", trust_remote_code=True" if own_code else "",
+        code=_OWN_CODE if own_code else _STOCK_CODE,
+    )
+
+
+def _training(config: RunConfig, step: int, samples: int) -> str:
+    train, optimizer, length = config.training, config.optimizer, config.model.seq_length
+    return _TRAINED.format(
         step=step,
         planned=train.train_iters,
         batch=train.global_batch_size,
-        tokens=samples * model.seq_length,
+        context=length,
+        tokens=samples * length,
         precision=train.precision,
         lr=optimizer.lr,
         schedule=optimizer.schedule.type,
         decay=optimizer.weight_decay,
         clip=optimizer.clip_grad,
         seed=train.seed,
-        trust=", trust_remote_code=True" if own_code else "",
-        code=_OWN_CODE if own_code else _STOCK_CODE,
         data=", ".join(f"{Path(corpus.path).name} (weight {corpus.weight:g})" for corpus in config.data.train),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from moetrain.cli.convert import app
 from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf import export_hf
 from moetrain.convert.mapping import TRANSFORMS, ParamMap, Transform
+from moetrain.convert.resumable_folder import JOURNAL, LOCK
 from moetrain.convert.verify import compare_logits, hf_logits, verify_export
 from moetrain.convert.weight_file import write_weight_file
 from moetrain.data.train_tokenizer import train_sentencepiece
@@ -422,3 +424,95 @@ def test_what_a_balance_loss_remembers_is_no_part_of_an_export():
     ]
     checkpoint = SimpleNamespace(names=lambda: names)
     assert set(hf.ModelWeights(checkpoint).names()) == {"a", "decoder.layers.0.mlp.router.thresholds"}
+
+
+# --- exports that go on ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(reader, tmp_path, monkeypatch) -> Path:
+    """What an export leaves that was stopped by a full disk after three files."""
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "write_weight_file", _stopping(after=3))
+        with pytest.raises(ConversionError, match=r"no space left.*keeps 3 finished file\(s\): repeat the command"):
+            export_hf(reader, tmp_path / "out", max_shard_size="30KB")
+    return tmp_path / ".out.partial"
+
+
+def _stopping(after: int):
+    written = []
+
+    def write(path, *words):
+        if len(written) == after:
+            path.write_bytes(b"half")
+            raise OSError("no space left on device")
+        written.append(path.name)
+        return write_weight_file(path, *words)
+
+    return write
+
+
+def _counting(written: list[str]):
+    return lambda path, *words: written.append(path.name) or write_weight_file(path, *words)
+
+
+def test_an_export_goes_on_with_the_files_that_are_whole(reader, unfinished, tmp_path, monkeypatch):
+    damaged = unfinished / "model-00002-of-00004.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    written, said = [], []
+    monkeypatch.setattr(hf, "write_weight_file", _counting(written))
+    report = export_hf(reader, tmp_path / "out", max_shard_size="30KB", announce=said.append)
+    kept = {"model-00001-of-00004.safetensors", "model-00003-of-00004.safetensors"}
+    assert set(written) == set(report.weight_files) - kept
+    assert "2 of 4 file(s) are there, whole" in said[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    export_hf(reader, tmp_path / "at once" / "out", max_shard_size="30KB")
+    for path in (tmp_path / "at once" / "out").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "at once" / "out").iterdir()}
+
+
+def test_another_export_does_not_go_on_where_one_was_stopped(reader, unfinished, tmp_path, run):
+    before = sorted(p.name for p in unfinished.iterdir())
+    for options, message in (
+        ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 now"),
+        ({"max_shard_size": "40KB"}, "max_shard_size: 30000 there, 40000 now"),
+    ):
+        with pytest.raises(ConversionError, match=f"an unfinished export of something else .*{message}"):
+            export_hf(reader, tmp_path / "out", **({"max_shard_size": "30KB"} | options))
+    with pytest.raises(ConversionError, match="checkpoint: "):
+        export_hf(
+            CheckpointReader(run(KIND) / "checkpoints" / "step-00000010"), tmp_path / "out", max_shard_size="30KB"
+        )
+    assert sorted(p.name for p in unfinished.iterdir()) == before
+
+
+def test_a_hidden_folder_that_is_no_unfinished_export_is_not_touched(reader, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="no unfinished export"):
+        export_hf(reader, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_journal_means_that_nothing_is_finished(reader, unfinished, tmp_path, monkeypatch):
+    journal = json.loads((unfinished / JOURNAL).read_text())
+    (unfinished / JOURNAL).write_text(json.dumps(journal | {"files": ["what?"]}))
+    written: list[str] = []
+    monkeypatch.setattr(hf, "write_weight_file", _counting(written))
+    report = export_hf(reader, tmp_path / "out", max_shard_size="30KB")
+    assert sorted(written) == sorted(report.weight_files)
+
+
+def test_two_exports_do_not_write_the_same_folder_at_once(reader, unfinished, tmp_path):
+    with (unfinished / LOCK).open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConversionError, match="another process is exporting there"):
+            export_hf(reader, tmp_path / "out", max_shard_size="30KB")
+
+
+def test_an_unknown_architecture_is_refused(reader, tmp_path):
+    with pytest.raises(ConversionError, match=r"architecture is 'gpt2'; legal: auto, moetrain, mixtral"):
+        export_hf(reader, tmp_path / "out", architecture="gpt2")
