@@ -25,19 +25,23 @@ MARK = "<!-- written by `moetrain bench checkpoint`; do not edit -->"
 _TENSOR_BYTES = 8 * 2**20
 HOW_TO_READ = (
     "One rank, fp32 tensors of 8 MiB. The ways take turns, with a sync of the file system before each; medians of the "
-    "rounds, quartiles in brackets. Stall: how long training stands still; in the background it is the copy to host "
-    "memory, whose first call also has the kernel hand out that memory. Save: with its checksums, syncs and commit. "
-    "Copy: the same bytes from a file in the page cache to a new file, and fsync."
+    "rounds, quartiles in brackets. Stall: how long training stands still for a save in the background, which is the "
+    "copy to host memory by one thread: wall time, and that thread's CPU time, which other processes hardly change. "
+    "First stall: the kernel also hands out the memory. Synchronous: a save that training waits for, with its "
+    "checksums, syncs and commit, as in GB/s. Copy: the same bytes from a file in the page cache to a new file, and "
+    "fsync."
 )
 
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """Seconds by round, of so many bytes of state. `first_stall`: of the first save in the background."""
+    """Seconds by round, of so many bytes of state. `first_stall`: of the first save in the background. `stall_cpu`: of
+    the calling thread."""
 
     nbytes: int
     first_stall: float
     stall: list[float]
+    stall_cpu: list[float]
     background: list[float]
     foreground: list[float]
     copy: list[float]
@@ -66,11 +70,15 @@ def measure_saves(sizes: list[int], folder: Path, rounds: int, tell: Callable[[s
     needed, free = 4 * max(sizes), shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(f"--folder {folder} has {free / 1e9:.1f} GB free; this needs {needed / 1e9:.1f} GB")
-    times = []
-    for size in sizes:
-        tell(f"{size / 1e6:.0f} MB")
-        with _workplace(folder) as place:
-            times.append(_measure(size, place, rounds))
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # so that the CPU time of one thread is that of the whole copy
+    try:
+        for size in sizes:
+            tell(f"{size / 1e6:.0f} MB")
+            with _workplace(folder) as place:
+                times.append(_measure(size, place, rounds))
+    finally:
+        torch.set_num_threads(threads)
     return times
 
 
@@ -90,17 +98,18 @@ def _measure(size: int, place: Path, rounds: int) -> SaveTimes:
             file.write(tensor.numpy().data)
     saver = BackgroundSaver(CheckpointManager(place / "checkpoints", 1, SingleProcess()))
     first = _in_background(saver, _snapshot(tensors, 1))[0]
-    stall, background, foreground, copy = [], [], [], []
+    stall, stall_cpu, background, foreground, copy = [], [], [], [], []
     for number in range(rounds):
         os.sync()
         copy.append(_copy(source, place / "copy"))
         os.sync()
         foreground.append(_seconds(saver.save(_snapshot(tensors, 2 * number + 2)))[1])
         os.sync()
-        stalled, wrote = _in_background(saver, _snapshot(tensors, 2 * number + 3))
+        stalled, cpu, wrote = _in_background(saver, _snapshot(tensors, 2 * number + 3))
         stall.append(stalled)
+        stall_cpu.append(cpu)
         background.append(wrote)
-    return SaveTimes(sum(t.nbytes for t in tensors), first, stall, background, foreground, copy)
+    return SaveTimes(sum(t.nbytes for t in tensors), first, stall, stall_cpu, background, foreground, copy)
 
 
 def _snapshot(tensors: list[torch.Tensor], step: int) -> Snapshot:
@@ -108,9 +117,13 @@ def _snapshot(tensors: list[torch.Tensor], step: int) -> Snapshot:
     return Snapshot(step, 0, pieces, {}, {}, {})
 
 
-def _in_background(saver: BackgroundSaver, snapshot: Snapshot) -> tuple[float, float]:
+def _in_background(saver: BackgroundSaver, snapshot: Snapshot) -> tuple[float, float, float]:
+    """(stall, its CPU time, write)."""
+    begin = time.thread_time()
     saver.start(snapshot)
-    return _seconds(saver.collect())
+    cpu = time.thread_time() - begin
+    stall, write = _seconds(saver.collect())
+    return stall, cpu, write
 
 
 def _seconds(outcome: Any) -> tuple[float, float]:
@@ -140,7 +153,7 @@ def run(sizes: list[int], folder: Path, rounds: int, command: str, tell: Callabl
 
 def table(report: SaveReport, quartiles: bool = True) -> list[list[str]]:
     """Head and rows, as text."""
-    head = ["state, MB", "stall, s", "first stall, s", "synchronous, s", "synchronous / stall"]
+    head = ["state, MB", "stall, s", "stall, CPU s", "first stall, s", "synchronous, s", "synchronous / stall"]
     head += ["in background, s", "save, GB/s", "copy, GB/s", "save / copy"]
     rows = []
 
@@ -154,6 +167,7 @@ def table(report: SaveReport, quartiles: bool = True) -> list[list[str]]:
             [
                 f"{one.nbytes / 1e6:.0f}",
                 text(one.stall),
+                text(one.stall_cpu),
                 significant(one.first_stall),
                 text(one.foreground),
                 f"{save / stall:.1f}×",
@@ -171,7 +185,7 @@ def machine_lines(report: SaveReport) -> list[str]:
     machine = report.machine
     commit = f"; commit {machine.commit}" if machine.commit else ""
     lines = [
-        f"{machine.name}; {machine.cores} cores; torch {machine.torch}, {torch.get_num_threads()} threads{commit}",
+        f"{machine.name}; {machine.cores} cores; torch {machine.torch}{commit}",
         f"{report.started}; load average {report.load_before:.1f} before, {report.load_after:.1f} after",
     ]
     if report.load_before > machine.cores / 2:

@@ -15,7 +15,7 @@ from moetrain.checkpoint.files import OS_FILES, Files
 from moetrain.checkpoint.integrity import check_size, check_sum
 from moetrain.checkpoint.manifest import Manifest, ShardRecord, merge_records
 from moetrain.checkpoint.reader import CheckpointReader
-from moetrain.checkpoint.retention import Retention, ranked, survey
+from moetrain.checkpoint.retention import Retention, Survey, ranked
 from moetrain.checkpoint.store import Piece, save_shard
 from moetrain.errors import CheckpointError
 
@@ -47,6 +47,7 @@ class CheckpointManager:
         self.comm = comm
         self.checksum_after_write = checksum_after_write
         self.files = files
+        self._survey = Survey()
         #: Bytes in the shard files of the last save, over all ranks.
         self.saved_bytes = 0
         #: Why newer checkpoints were passed over by the last `latest()` or `open()`, newest first.
@@ -200,7 +201,7 @@ class CheckpointManager:
     def _retire(self, step: int, token: str) -> None:
         """Renew `best`, and delete what no rule keeps of the sound checkpoints up to the one just saved."""
         try:
-            saved = survey(self.root)
+            saved = self._survey.look(self.root)
         except OSError as error:
             logger.warning("old checkpoints in %s could not be looked through: %s", self.root, error)
             return

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain.checkpoint.folders import step_folders
+from moetrain.checkpoint.integrity import check_size
+from moetrain.checkpoint.manifest import MANIFEST_NAME
 from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.errors import CheckpointError
 
@@ -50,16 +52,40 @@ def ranked(saved: Iterable[Saved]) -> list[Saved]:
     return sorted((one for one in saved if one.loss is not None), key=lambda one: (one.loss, -one.step))
 
 
-def survey(root: Path) -> list[Saved]:
-    """All checkpoints under a root whose manifest is sound and whose files have their length, newest first."""
-    found = []
-    for step, folder in step_folders(root):
-        try:
-            reader = CheckpointReader(folder, verify="size")
-        except CheckpointError:
-            continue
-        found.append(Saved(step, folder, validation_loss(reader)))
-    return found
+class Survey:
+    """Looks through a root again and again, and reads each manifest once: those of large runs take seconds to parse,
+    which a thread beside training should not spend at every save."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, int, int], _Seen] = {}
+
+    def look(self, root: Path) -> list[Saved]:
+        """All checkpoints under a root whose manifest is sound and whose files have their length, newest first."""
+        found, seen = [], {}
+        for step, folder in step_folders(root):
+            try:
+                status = (folder / MANIFEST_NAME).lstat()
+                key = (folder.name, status.st_ino, status.st_mtime_ns)
+                known = seen[key] = self._read.get(key) or _Seen.of(folder)
+                for name, size in known.sizes.items():
+                    check_size(folder / name, size)
+            except (CheckpointError, FileNotFoundError):
+                continue
+            found.append(Saved(step, folder, known.loss))
+        self._read = seen
+        return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    sizes: dict[str, int]
+    loss: float | None
+
+    @classmethod
+    def of(cls, folder: Path) -> _Seen:
+        reader = CheckpointReader(folder, verify="none")
+        files = reader.manifest.record.files
+        return cls({name: file.bytes for name, file in files.items()}, validation_loss(reader))
 
 
 def validation_loss(reader: CheckpointReader) -> float | None:

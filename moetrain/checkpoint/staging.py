@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import torch
 from moetrain.checkpoint.store import Piece
 
 _ALIGNMENT = 64
+
+logger = logging.getLogger(__name__)
 
 
 class StagingBuffer:
@@ -20,6 +23,7 @@ class StagingBuffer:
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
+        self._pinned = False  # or tried to be
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +50,16 @@ class StagingBuffer:
         return staged
 
     def _reserve(self, size: int, pinned: bool) -> torch.Tensor:
-        if self._memory is None or self._memory.nbytes < size or (pinned and not self._memory.is_pinned()):
+        if self._memory is None or self._memory.nbytes < size or (pinned and not self._pinned):
             self._memory = None  # before the next is allocated: there must never be two
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._memory, self._pinned = _allocate(size, pinned), pinned
         return self._memory
+
+
+def _allocate(size: int, pinned: bool) -> torch.Tensor:
+    if pinned:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:  # a slower save is better than none
+            logger.warning("no %d bytes of page-locked memory; saves stall longer without: %s", size, error)
+    return torch.empty(size, dtype=torch.uint8)

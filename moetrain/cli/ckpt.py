@@ -155,12 +155,12 @@ def prune(
     """Remove the checkpoints that no rule keeps: the rules of `checkpoint.keep_*`. What `latest` or `best` names stays,
     and so does every damaged one. Refused while a save is going on."""
     from moetrain.checkpoint.folders import exclusive, pointed_names, remove_checkpoint
-    from moetrain.checkpoint.retention import Retention, survey
+    from moetrain.checkpoint.retention import Retention, Survey
 
     folder = _root(root)
     rules = Retention(keep_last, keep_every, keep_best)
     with exclusive(folder):
-        saved = survey(folder)
+        saved = Survey().look(folder)
         doomed = rules.doomed(saved, pointed_names(folder))
         sizes = {one.step: sum(path.stat().st_size for path in one.folder.iterdir()) for one in doomed}
         for one in doomed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -68,20 +70,26 @@ class FullDisk(Files):
 class Notes(Callback):
     """What happened, in the order in which it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_at: int | None) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.steps_beside_a_save = 0
+        self.stop_at = stop_at
 
     def on_step_end(self, trainer: Any, report: Any) -> None:
         self.told.append(("step", report.iteration))
+        if report.iteration == self.stop_at and trainer.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.steps_beside_a_save += not trainer.saver.is_over
 
     def on_checkpoint(self, trainer: Any, report: Any) -> None:
         self.told.append(("save", report.iteration, report.error is None, report.stall_seconds, report.nbytes))
 
 
-def train(groups: ParallelGroups, layout: Layout, folder: Path, files: Files, **changes: object) -> tuple[Notes, list]:
-    """Train in `folder`; what was told, and the numbers of the samples that this rank read."""
+def train(
+    groups: ParallelGroups, layout: Layout, folder: Path, files: Files, stop_at: int | None = None, **changes: object
+) -> tuple[Notes, list[int]]:
+    """Train in `folder`; what was told, and the numbers of the samples that this rank read. At step `stop_at` rank 1
+    gets a SIGTERM."""
     config = tiny_config(layout, run={"dir": str(folder)}, **changes)
     torch.manual_seed(1)
     step = build_step(config, groups, torch.device("cpu"))
@@ -93,7 +101,7 @@ def train(groups: ParallelGroups, layout: Layout, folder: Path, files: Files, **
     saving = dist.new_group(backend="gloo")
     assert isinstance(saving, dist.ProcessGroup)
     manager = CheckpointManager(folder / "checkpoints", 9, TorchDistributed(saving), files=files)
-    notes = Notes()
+    notes = Notes(stop_at)
     log = logging.getLogger("test")
     try:
         Trainer(config, step, data, manager, [notes], Throughput(), log).fit()
@@ -115,9 +123,11 @@ def observe(folder: Path) -> dict[str, Any]:
     groups = create_groups(layout_of(tiny_config(DP2)), seed=1)
     every_other = {"save_interval": 2, "keep_last": 9}
 
-    def run(name: str, files: Files, checkpoint: dict, **training: int) -> tuple[Notes, list]:
-        changes = {f"training__{key}": value for key, value in training.items()}
-        return train(groups, DP2, folder / name, files, checkpoint=every_other | checkpoint, **changes)
+    def run(
+        name: str, files: Files, checkpoint: dict[str, Any], stop_at: int | None = None, **training: int
+    ) -> tuple[Notes, list[int]]:
+        changes: dict[str, Any] = {f"training__{key}": value for key, value in training.items()}
+        return train(groups, DP2, folder / name, files, stop_at, checkpoint=every_other | checkpoint, **changes)
 
     seen: dict[str, Any] = {}
     beside, _ = run("async", SlowDisk(), {})
@@ -130,6 +140,7 @@ def observe(folder: Path) -> dict[str, Any]:
     seen["forgiven"] = run("forgiven", FullDisk(2 if on_rank_1 else 0), {"max_failed_saves": 3})[0].told
     seen["given up"] = run("given-up", FullDisk(99 if on_rank_1 else 0), {"max_failed_saves": 2})[0].told
     seen["last"] = run("last", FullDisk(99 if on_rank_1 else 0), {"save_interval": 0})[0].told
+    seen["stopped"] = run("stopped", SlowDisk(), {}, stop_at=3)[0].told
     seen["read"] = run("stream", Files(), {"save_interval": 3}, train_iters=9, stop_after=3)[1]
     seen["read later"] = run("stream", Files(), {}, train_iters=9, stop_after=5, global_batch_size=4)[1]
     return seen
@@ -154,13 +165,15 @@ def test_saves_beside_training_are_those_in_the_foreground_and_fail_on_all_ranks
     def without_seconds(told: list) -> list:
         return [(*one[:3], *one[4:]) if one[0] == "save" else one for one in told]
 
-    for what in ("async", "forgiven", "given up", "last"):
+    for what in ("async", "forgiven", "given up", "last", "stopped"):
         assert without_seconds(seen[1][what]) == without_seconds(first[what]), "the ranks were told different things"
     saves = [told[1:3] for told in first["forgiven"] if told[0] == "save"]
     assert saves == [(2, False), (4, False), (5, True)]
     assert first["given up"][-1][0] == "error" and "2 saves in a row failed" in first["given up"][-1][1]
     assert "rank 1: OSError: [Errno 28] No space left on device" in first["given up"][-1][1]
     assert first["last"][-1][0] == "error" and ("step", 5) in first["last"]
+    stopped = [told[:3] for told in first["stopped"]]
+    assert stopped[-2:] == [("save", 2, True), ("save", 3, True)], "a run that is asked to stop leaves with its saves"
 
     data_parallel = [sorted(seen[0][part] + seen[1][part]) for part in ("read", "read later")]
     assert data_parallel == [list(range(24)), list(range(24, 32))]

@@ -229,6 +229,33 @@ def test_a_save_of_two_ranks_that_fails_at_any_operation_of_either_leaves_a_whol
     assert points >= (30 if failing == 0 else 4)
 
 
+@pytest.mark.parametrize("fault", ["killed", "disk full from then on", "input/output error once"])
+def test_a_damaged_checkpoint_in_the_way_is_never_lost_wherever_the_save_fails(before, folder, fault):
+    base, reached = folder / "base", folder / "reached"
+    shutil.copytree(before, base)
+    save(base, 4)
+    (base / "step-00000004" / "shard-00000.safetensors").write_bytes(b"")
+    what, forever = FAULTS[fault]
+    for number in count(1):
+        root = folder / f"{number}"
+        shutil.copytree(base, root)
+        files = failing_files(number, partial(_noting, what, reached), forever)
+        codes = save_alone(root, 4, files, survives=fault != "killed")
+        reader = CheckpointManager(root, 2, SingleProcess()).open()
+        assert reader is not None and (reader.read("w") == float(reader.step)).all()
+        assert reader.step == 4 if codes == [SAVED] else reader.step in (3, 4)
+        damaged = [path for path in root.iterdir() if "step-00000004" in path.name and not path.name.startswith(".tmp")]
+        assert any((path / "shard-00000.safetensors").read_bytes() == b"" for path in damaged)
+        save(root, 5)
+        assert opened_step(root) == 5
+        if not reached.exists():
+            break
+        reached.unlink()
+        shutil.rmtree(root)
+    print(f"{number - 1} points with a damaged checkpoint in the way: {fault}")
+    assert number > 25
+
+
 def recorded(root: Path, watch: Callable[[str, tuple, Any], None]) -> WatchedFiles:
     def call_and_tell(number: int, name: str, arguments: tuple, call: Callable[[], Any]) -> Any:
         result = call()

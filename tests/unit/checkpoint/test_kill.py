@@ -14,7 +14,7 @@ import torch
 from moetrain.checkpoint import CheckpointManager, CheckpointReader, Piece, SingleProcess
 from moetrain.checkpoint.folders import step_folders
 
-KILLS = 25
+KILLS = 12
 NUMEL = 1_000_000
 
 

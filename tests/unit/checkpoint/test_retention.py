@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.checkpoint import CheckpointManager, Piece, Retention, SingleProcess
-from moetrain.checkpoint.retention import Saved, ranked, survey
+from moetrain.checkpoint import CheckpointManager, CheckpointReader, Piece, Retention, SingleProcess
+from moetrain.checkpoint.retention import Saved, Survey, ranked
 
 
 def saved(*steps: int, losses: dict[int, float] | None = None) -> list[Saved]:
@@ -70,7 +70,7 @@ def test_saves_follow_all_three_rules_and_name_the_best(tmp_path):
     for step, loss in enumerate((5.0, 2.0, 3.0, 4.0, 3.5, 1.0, 6.0), start=1):
         save(tmp_path, step, loss)
         assert (tmp_path / "latest").read_text() == f"step-0000000{step}\n"
-    assert [one.step for one in survey(tmp_path)] == [7, 6, 4]
+    assert [one.step for one in Survey().look(tmp_path)] == [7, 6, 4]
     assert (tmp_path / "best").read_text() == "step-00000006\n"
 
 
@@ -81,7 +81,7 @@ def test_a_loss_of_another_step_or_none_or_nonsense_makes_no_best(tmp_path):
     manager = CheckpointManager(tmp_path, 1, SingleProcess())
     manager.save(5, 0, [Piece.whole("t", torch.ones(1))], {}, {}, {"evaluation": {"iteration": 5, "loss": "low"}})
     assert (tmp_path / "best").read_text() == "step-00000001\n"
-    assert [one.step for one in survey(tmp_path)] == [5, 1]
+    assert [one.step for one in Survey().look(tmp_path)] == [5, 1]
 
 
 def test_a_damaged_best_is_not_counted_and_not_deleted(tmp_path):
@@ -91,3 +91,19 @@ def test_a_damaged_best_is_not_counted_and_not_deleted(tmp_path):
     save(tmp_path, 3, 3.0)
     assert (tmp_path / "best").read_text() == "step-00000002\n"
     assert (tmp_path / "step-00000001").is_dir()
+
+
+def test_a_survey_reads_a_manifest_once_and_still_notices_what_changes(tmp_path, monkeypatch):
+    for step in (4, 8):
+        save(tmp_path, step, float(step))
+    survey, reads = Survey(), []
+    read = CheckpointReader.__init__
+    monkeypatch.setattr(CheckpointReader, "__init__", lambda self, *a, **k: reads.append(a) or read(self, *a, **k))
+    for _ in range(3):
+        assert [one.step for one in survey.look(tmp_path)] == [8, 4]
+    assert len(reads) == 2
+    (tmp_path / "step-00000008" / "shard-00000.safetensors").write_bytes(b"short")
+    assert [one.step for one in survey.look(tmp_path)] == [4]
+    (tmp_path / "step-00000004" / "manifest.json").write_text("{}")
+    assert survey.look(tmp_path) == []
+    assert len(reads) == 3

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.data.loader import BatchLoader, global_batch_indices, rank_indices, unigram_entropy
@@ -52,6 +52,30 @@ def test_sizes_that_do_not_divide_and_ranks_that_do_not_exist_are_refused(size: 
         rank_indices(0, size, micro, rank, ranks)
     with pytest.raises(LayoutError, match="must be"):
         BatchLoader(Numbered(8), size, micro, rank, ranks)
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=5
+    ),
+    prefetch=st.integers(0, 2),
+)
+def test_no_change_of_ranks_and_batch_sizes_repeats_or_skips_a_sample(
+    parts: list[tuple[int, int, int, int]], prefetch: int
+):
+    """Each part of the run goes on from what the one before had consumed: ranks, micro-batch, micro-batches, steps."""
+    consumed, read = 0, []
+    for ranks, micro, per_rank, steps in parts:
+        batch = ranks * micro * per_rank
+        loaders = [BatchLoader(Numbered(10**4), batch, micro, r, ranks, consumed, prefetch) for r in range(ranks)]
+        for _ in range(steps):
+            read += sorted(int(n) for loader in loaders for m in next(loader) for n in m.tokens[:, 0])
+        assert {loader.consumed_samples for loader in loaders} == {consumed + steps * batch}
+        consumed += steps * batch
+        for loader in loaders:
+            loader.close()
+    assert read == list(range(consumed))
 
 
 def _stream(ranks: int, steps: int, consumed: int = 0, prefetch: int = 0) -> list[list[int]]:
