@@ -28,7 +28,7 @@ VERBS = {
     "train": Verb("moetrain.cli.train", "Train: one rank of a run; started by torchrun or `moetrain launch`."),
     "launch": Verb("moetrain.cli.launch", "Start the ranks of a run: on this machine or through Slurm."),
     "report": Verb("moetrain.cli.report", "A run as one HTML page: curves, load of the experts, routing of real text."),
-    "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face."),
+    "convert": Verb("moetrain.cli.convert", "Checkpoints to Hugging Face, and Switch Transformers from there."),
     "upcycle": Verb("moetrain.cli.upcycle", "A dense or MoE checkpoint as the start of a larger model, same logits."),
     "demo": Verb("moetrain.cli.demo", "From text to an exported model on this machine, in minutes."),
     "bench": Verb("moetrain.cli.bench", "Our operators against those of others, measured on this machine."),

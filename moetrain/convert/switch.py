@@ -8,6 +8,7 @@ Streams: memory holds one tensor at a time, and up to `upcycle.BATCH_BYTES` of t
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -273,8 +274,8 @@ def import_switch(
 ) -> ImportReport:
     """Write `out`: a step folder of weights, the tokenizer, and config.yaml, a run to start from.
 
-    `dropped` is `model.moe.capacity.dropped`: what the installed transformers computes is zero. With `verify` the final
-    hidden states of both models are compared in this process, in fp32; there must be no process group yet.
+    `dropped` is `model.moe.capacity.dropped`. With `verify` the final hidden states of both models are compared in this
+    process, in fp32, both with the `zero` that transformers computes; there must be no process group yet.
 
     Raises:
         ConversionError: the source is no such model or has tensors too many or too few, `out` is not empty, its disk is
@@ -297,7 +298,7 @@ def import_switch(
             config = config_from_dict(run, "the imported model's config")
             _write(folder, pieces(theirs, model), config, theirs)
             (folder / "config.yaml").write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
-            difference = _compare(theirs, folder) if verify and dropped == "zero" else None
+            difference = _compare(theirs, folder) if verify else None
         sync_folder(out.absolute().parent)
     except OSError as error:
         raise ConversionError(f"importing to {out} failed: {error}") from error
@@ -426,6 +427,17 @@ def with_sentinels(model: bytes, vocab_size: int) -> bytes:
 # --- the proof ------------------------------------------------------------------------------------------------------
 
 
+class _AsTransformers:
+    """A checkpoint whose dropped tokens get nothing, as in transformers, whatever its config says."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.read = reader.read
+        self.config = copy.deepcopy(reader.config)
+        moe = self.config["model"]["moe"]
+        if moe is not None:
+            moe["capacity"]["dropped"] = "zero"
+
+
 @torch.no_grad()
 def _compare(source: SwitchFolder, folder: Path, sequences: int = 2, length: int = 96) -> float:
     """Of the final hidden states of random tokens, the second sequence padded."""
@@ -433,7 +445,7 @@ def _compare(source: SwitchFolder, folder: Path, sequences: int = 2, length: int
     tokens = torch.randint(source.config.vocab_size, (sequences, length), generator=generator)
     valid = torch.arange(length) < torch.tensor([length, length - 7])[:, None]
     with CheckpointReader(folder) as reader:
-        ours = encoder_states(reader, tokens, valid)
+        ours = encoder_states(_AsTransformers(reader), tokens, valid)
     theirs_model = SwitchTransformersEncoderModel.from_pretrained(source.folder, dtype=torch.float32).eval()
     theirs = theirs_model(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
     difference = ((ours - theirs)[valid].abs().max() / theirs[valid].abs().max()).item()
