@@ -44,8 +44,10 @@ from moetrain.model.reference_logits import encoder_states
 MODEL_TYPE = "switch_transformers"
 SENTINELS = 100
 """Pieces <extra_id_99> to <extra_id_0>, which transformers puts behind those of a T5 sentencepiece model."""
-TOLERANCE = 1e-4
-"""Largest difference of a final hidden state, over the largest one, that counts as equal in fp32."""
+TOLERANCE = 1e-3
+"""Largest difference of a final hidden state, over the largest one, that counts as equal in fp32. Sharp attention makes
+more of rounding than a logit's: with a random model of switch-base-8's size both models are 4e-5 apart, and each is as
+far from float64. One misplaced tensor moves states by far more."""
 
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
