@@ -29,7 +29,7 @@ VERBS = {
     "launch": Verb("moetrain.cli.launch", "Start the ranks of a run: on this machine or through Slurm."),
     "report": Verb("moetrain.cli.report", "A run as one HTML page: curves, load of the experts, routing of real text."),
     "ckpt": Verb("moetrain.cli.ckpt", "List, look into, check, compare and thin out checkpoints."),
-    "convert": Verb("moetrain.cli.convert", "Export checkpoints to Hugging Face."),
+    "convert": Verb("moetrain.cli.convert", "Checkpoints to Hugging Face, and models from there."),
     "upcycle": Verb("moetrain.cli.upcycle", "A dense or MoE checkpoint as the start of a larger model, same logits."),
     "demo": Verb("moetrain.cli.demo", "From text to an exported model on this machine, in minutes."),
     "bench": Verb("moetrain.cli.bench", "Our operators against those of others, and saves, measured on this machine."),

@@ -68,6 +68,11 @@ def _combination_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.zero.stage == 3 and model.moe is not None:
         yield "zero.stage (3) is refused by DeepSpeed for models with experts (model.moe); legal: 0, 1, 2"
+    if config.zero.stage == 3 and model.position_embedding == "relative" and model.recompute == "full":
+        yield (
+            "zero.stage (3) with model.recompute (full): DeepSpeed reduces a gradient once in a backward pass, and the "
+            "table of model.position_embedding (relative) gets one from each recomputed layer; legal: 0, 1, 2"
+        )
     if train.global_batch_size % train.micro_batch_size:
         yield (
             f"training.micro_batch_size ({train.micro_batch_size}) must divide "

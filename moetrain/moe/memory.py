@@ -21,9 +21,12 @@ _INDEX, _FLOAT = 8, 4  # bytes of an int64, of a float32
 _SAVED = (0, 2)
 _FORWARD = ((1, 3), (2, 2))
 _BACKWARD = (2, 5, 3)
-# What `DiverseExperts`, and any experts with ReLU, hold besides: sorted rows and results, in the backward their
-# gradients; between the two, rows and results. And `DiverseExperts` alone, beside the gradients of all weights, their
-# parts, and fc2 in the order of the operator.
+# The same of ReLU experts, which copy their rows, and keep them, the activation and the results.
+_RELU_SAVED = (2, 1)
+_RELU_FORWARD = ((4, 2),)
+_RELU_BACKWARD = (4, 3, 3)
+# What `DiverseExperts` holds besides: sorted rows and results, in the backward their gradients; between the
+# two, rows and results; and beside the gradients of all weights their parts, and fc2 in the order of the operator.
 _DIVERSE, _DIVERSE_KEPT, _DIVERSE_WEIGHTS = 4, 2, 6
 
 
@@ -93,7 +96,7 @@ def dispatch_bound(
         element=4 if precision == "fp32" else 2,
         overlap=overlap and expert_ranks > 1,
         diverse_width=diverse_width,
-        copies_rows=diverse_width is not None or not gated,
+        gated=gated,
     )
     moments = list(sizes.in_one_round() if padded_rows is None else sizes.padded())
     if max_rows is not None and max_rows < all_to_one:
@@ -113,7 +116,22 @@ class _Sizes:
     element: int
     overlap: bool
     diverse_width: int | None
-    copies_rows: bool
+    gated: bool
+
+    @property
+    def saved(self) -> tuple[int, int]:
+        """Multiples of D and F for each row, between forward and backward."""
+        return _SAVED if self.gated else _RELU_SAVED
+
+    @property
+    def forward(self) -> tuple[tuple[int, int], ...]:
+        """Those of the forward's moments."""
+        return _FORWARD if self.gated else _RELU_FORWARD
+
+    @property
+    def backward(self) -> tuple[int, int, int]:
+        """Those of the backward, and of the weights."""
+        return _BACKWARD if self.gated else _RELU_BACKWARD
 
     @property
     def leaving(self) -> int:
@@ -124,45 +142,45 @@ class _Sizes:
         """Activations are kept for the backward; the weights' gradients are written where they stay."""
         away, home = int(self.ranks > 1), self.leaving * (self.ranks > 1)
         arrived = self.arriving * away  # in one rank, rows are read from the tokens and results are the layer's output
-        _, kept = _SAVED
+        _, kept = self.saved
         yield self._moment(travel=home + arrived)
-        for d, f in _FORWARD:
+        for d, f in self.forward:
             yield self._moment(travel=arrived, d=d - 1 + away, f=f)
         yield self._moment(home=home, travel=2 * arrived, f=kept)
         yield self._moment(home=2 * home, travel=arrived, f=kept)
-        d, f, _ = _BACKWARD
+        d, f, _ = self.backward
         yield self._moment(travel=2 * arrived, d=d - 1 + away, f=f)
 
     def padded(self) -> Iterator[DispatchBound]:
         """Buffers leave that are as large as what arrives, and are read where they came from also in one rank."""
         buffer, away = self.arriving, int(self.ranks > 1)
-        _, kept = _SAVED
+        _, kept = self.saved
         yield self._moment(home=self.rows, travel=buffer * (1 + away))
-        for d, f in _FORWARD:
+        for d, f in self.forward:
             yield self._moment(travel=buffer * (1 + self.overlap * away), d=d, f=f)
         yield self._moment(home=2 * self.rows, travel=buffer * (2 + away), f=kept)
-        d, f, _ = _BACKWARD
+        d, f, _ = self.backward
         yield self._moment(home=self.rows, travel=buffer * (2 + away), d=d, f=f)
 
     def in_rounds(self) -> Iterator[DispatchBound]:
         """Nothing is kept. With overlap the next round's rows and the last round's results are there too."""
         beside = self.overlap * (self.leaving + self.arriving)  # the next round: as it leaves and as it comes
         last = self.overlap * self.arriving
-        for d, f in _FORWARD:
+        for d, f in self.forward:
             yield self._moment(home=self.rows, travel=self.arriving + beside + last, d=d, f=f)
         if self.ranks > 1:  # rows and gradients leave, before anything is computed
             yield self._moment(home=self.rows, travel=2 * (self.leaving + self.arriving))
         touched = min(self.experts, self.arriving)
         unfinished = 3 * _FLOAT // self.element
-        d, f, weights = _BACKWARD
+        d, f, weights = self.backward
         travel = 2 * self.arriving + 2 * beside + last
         # The recomputed output is there as well.
         yield self._moment(home=self.rows, travel=travel, d=d + 1, f=f, weights=weights * touched + unfinished)
 
     def kept(self, padded: bool) -> int:
         """One round's activations, which autograd saves, and the plan."""
-        d, f = _SAVED
-        if self.copies_rows:
+        d, f = self.saved
+        if self.diverse_width is not None:
             d += _DIVERSE_KEPT - _DIVERSE
         travel = self.arriving if padded else 0
         return self._moment(home=self.leaving * (self.ranks > 1 or padded), travel=travel, d=d, f=f).total
@@ -171,9 +189,8 @@ class _Sizes:
         """From rows at home and on their way, and multiples of what each arrived row, and each expert, takes."""
         row = self.hidden * self.element
         touched = weights * self.ffn
-        if self.copies_rows:
-            d += _DIVERSE
         if self.diverse_width is not None:
+            d += _DIVERSE
             touched += _DIVERSE_WEIGHTS * self.diverse_width
         return DispatchBound(
             plan=self.rows * (3 * _INDEX + 2 * _FLOAT) + self.arriving * (2 * _INDEX + 2 * _FLOAT),

@@ -29,14 +29,15 @@ def routings(slots: int, per_expert: int | None) -> list[torch.Tensor]:
     return [alike, same]
 
 
-def peaks(world: int, slots: int, padded_rows: int | None, diverse: bool) -> list[int]:
+def peaks(world: int, slots: int, padded_rows: int | None, kind: str) -> list[int]:
     """Peak of forward and backward for each routing."""
     groups = create_groups(ParallelLayout(world, expert=world), seed=1)
     local = EXPERTS // world
-    if diverse:
+    if kind == "diverse":
         experts = DiverseExperts(WIDTHS[groups.coordinates.expert * local :][:local], HIDDEN, torch.float32)
     else:
-        experts = GroupedExperts(local, HIDDEN, sum(WIDTHS) // EXPERTS, torch.float32)
+        activation = "relu" if kind == "relu" else "swiglu"
+        experts = GroupedExperts(local, HIDDEN, sum(WIDTHS) // EXPERTS, torch.float32, activation)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     dispatcher = TokenDispatcher(EXPERTS, groups.expert, DispatchConfig(overlap=False))
@@ -62,23 +63,27 @@ def peaks(world: int, slots: int, padded_rows: int | None, diverse: bool) -> lis
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("slots", "padded_rows", "diverse"), [(2, 320, False), (1, None, True), (2, 320, True)])
+@pytest.mark.parametrize(
+    ("slots", "padded_rows", "kind"),
+    [(2, 320, "swiglu"), (1, None, "diverse"), (2, 320, "diverse"), (2, None, "relu")],
+)
 def test_no_routing_takes_more_than_the_bound_and_the_worst_more_than_half_of_it(
-    world: int, slots: int, padded_rows: int | None, diverse: bool
+    world: int, slots: int, padded_rows: int | None, kind: str
 ) -> None:
     bound = dispatch_bound(
         tokens=TOKENS,
         max_k=slots,
         num_experts_local=EXPERTS // world,
         hidden=HIDDEN,
-        ffn=max(WIDTHS) if padded_rows is None else sum(WIDTHS) // EXPERTS,
+        ffn=max(WIDTHS) if padded_rows is None and kind == "diverse" else sum(WIDTHS) // EXPERTS,
         precision="fp32",
         max_rows=None,
         expert_ranks=world,
         overlap=False,
         padded_rows=padded_rows,
-        diverse_width=sum(WIDTHS) // world if diverse else None,
+        diverse_width=sum(WIDTHS) // world if kind == "diverse" else None,
+        gated=kind != "relu",
     )
-    worst = max(max(found) for found in run_distributed(peaks, world, world, slots, padded_rows, diverse))
-    print(f"{world} {padded_rows} {diverse}: {worst} of {bound.total}")
+    worst = max(max(found) for found in run_distributed(peaks, world, world, slots, padded_rows, kind))
+    print(f"{world} {padded_rows} {kind}: {worst} of {bound.total}")
     assert 0.5 * bound.total <= worst <= bound.total

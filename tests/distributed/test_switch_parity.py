@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked": RELATIVE | {"model__recompute": "full"},
     "masked, as Switch": SWITCH,
     "classes, by probability": RELATIVE | {"model__moe__capacity": {"tokens": 5, "order": "probability", "pad": True}},
+    "masked, cartesian": RELATIVE | {"model__moe__cartesian": {"residual": "inner"}, "model__moe__hyper": None},
     "classes, diverse": RELATIVE
     | {"model__moe__expert_widths": [40, 8, 24, 24], "model__moe__shared_expert_ffn_hidden_size": 10},
 }

@@ -50,6 +50,14 @@ def test_what_cannot_be_computed_is_refused_with_the_reason(
     assert words in str(error.value)
 
 
+def test_zero_3_and_recompute_do_not_share_a_table_of_positions(tree: dict[str, Any]) -> None:
+    tree["model"] |= {"moe": None, "position_embedding": "relative", "recompute": "full"}
+    with pytest.raises(ConfigError, match="gets one from each recomputed layer; legal: 0, 1, 2"):
+        config_from_dict({**tree, "zero": {"stage": 3}}, "test")
+    tree["model"]["recompute"] = "none"
+    config_from_dict({**tree, "zero": {"stage": 3}}, "test")
+
+
 def test_what_works_together_is_legal(tree: dict[str, Any]) -> None:
     model(tree, position_embedding="relative", kv_channels=7, relative_buckets=7, relative_max_distance=9)
     model(tree, num_attention_heads=6, num_query_groups=3, kv_channels=8)

@@ -169,7 +169,7 @@ def test_a_whole_model_in_shards_gives_the_encoder_alone_and_a_config_to_start_f
 ) -> None:
     source, out = make(place / "whole", whole=True), tmp_path / "out"
     assert (source / "model.safetensors.index.json").is_file()
-    result = CliRunner().invoke(app, ["from-switch", str(source), str(out), "--seq-length", "48"])
+    result = CliRunner().invoke(app, ["from-switch", str(source), str(out), "--seq-length", "48", "--dropped", "input"])
     assert result.exit_code == 0, result.output
     assert "tensors of the decoder left" in result.output
     assert "left out, router_jitter_noise (0.01)" in result.output
@@ -194,6 +194,8 @@ def test_token_ids_are_those_of_the_t5_tokenizer_sentinels_included(tiny: Path, 
     theirs = T5Tokenizer.from_pretrained(tiny)
     for text in TEXTS:
         assert [*ours.encode(text), ours.eod] == theirs(text)["input_ids"], text
+    pair = [*ours.encode(TEXTS[0]), ours.eod, *ours.encode(TEXTS[3]), ours.eod]  # as `data/examples.py` joins texts
+    assert pair == theirs(TEXTS[0], TEXTS[3])["input_ids"]
     assert theirs.convert_tokens_to_ids("<extra_id_0>") == 479
     for i in (0, 7, 99):
         assert ours.encode(f"<extra_id_{i}>")[-1] == theirs.convert_tokens_to_ids(f"<extra_id_{i}>")
