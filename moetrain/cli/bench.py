@@ -169,3 +169,21 @@ def _table(section: Section) -> Table:
         for who, ratio in row.ratios.items():
             table.add_row(Text(f"  {who}"), "", "", "", Text(ratio))
     return table
+
+
+@app.command()
+def export(
+    size: Annotated[float, typer.Option(min=0.1, help="GB of fp32 weights")] = 20.0,
+    folder: Annotated[Path, typer.Option("--dir", help="where to write, on the disk that is to be measured")] = Path(),
+    dtype: Annotated[str, typer.Option(help="of the export: float32 or bfloat16")] = "float32",
+    write_to: Annotated[Path | None, typer.Option("--write", help="write a Markdown page of the table")] = None,
+) -> None:
+    """Export a checkpoint of zeros to Hugging Face, and copy the files: memory, time, rates. An error where memory
+    exceeds twice the largest block of weights and 500 MB. Everything it writes is deleted."""
+    from moetrain.bench.export import measure_export, page, rows
+
+    result = measure_export(round(size * 1e9), folder, dtype)
+    for name, value in rows(result, dtype):
+        typer.echo(f"{name:<42}{value}")
+    if write_to is not None:
+        write_to.write_text(page(result, dtype), encoding="utf-8")

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def import_hf(
     out: Path,
     seq_length: int | None = None,
     verify: bool = False,
-    announce: Any = log.info,
+    announce: Callable[[str], None] = log.info,
 ) -> ImportReport:
     """Write `out`: a step folder from which `checkpoint.load` with `load_weights_only` starts on any layout, with
     `config.yaml` and the tokenizer's files beside the weights.
@@ -75,6 +75,8 @@ def import_hf(
     compute, tensors that are not those of the config, a non-empty `out`, too little disk, or logits that differ.
     """
     refuse_nonempty(out)
+    if seq_length is not None and seq_length < 1:
+        raise ConversionError(f"seq_length is {seq_length}; must be 1 or more")
     source = HFFolder(folder)
     architecture = architecture_of(source.config)
     model = architecture.read_config(source.config)

@@ -16,7 +16,7 @@ from typing import Any
 
 from moetrain.convert.safetensors_file import parse_json
 from moetrain.convert.weight_file import WrittenFile, sha256_of
-from moetrain.errors import ConversionError
+from moetrain.errors import ConversionError, MoetrainError
 
 JOURNAL, LOCK = "journal.json", ".lock"
 
@@ -51,8 +51,8 @@ def draft_of(out: Path) -> Path:
 def growing_folder(out: Path, identity: dict[str, Any]) -> Iterator[Draft]:
     """The draft of `out`, with the files that an earlier attempt at the same finished. Becomes `out` at the end.
 
-    `identity` (plain JSON) says what is being made; an attempt at something else is refused. After a ConversionError
-    nothing stays; after anything else, a full disk say, finished files do.
+    `identity` (plain JSON) says what is being made; an attempt at something else is refused. After an error of
+    ours nothing stays; after anything else, a full disk say, finished files do.
     """
     draft = draft_of(out)
     if draft.is_symlink() or (draft.exists() and not draft.is_dir()):
@@ -66,7 +66,7 @@ def growing_folder(out: Path, identity: dict[str, Any]) -> Iterator[Draft]:
             (draft / JOURNAL).unlink()
             (draft / LOCK).unlink(missing_ok=True)
             draft.replace(out)
-        except ConversionError:
+        except MoetrainError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         except OSError as error:

@@ -31,7 +31,9 @@ KINDS: dict[str, dict] = {
     "dense-biased-wide-heads": {"kv_channels": 10, "add_qkv_bias": True, "qk_layernorm": "head"},
     "top_k": {"moe": {"layer_freq": 2}},
     "da_moe-normed-projections": {"qk_layernorm": "projection", "moe": {"router": DA | {"importance": "row_max"}}},
-    "top_k-renormalized": {"moe": {"router": {"type": "top_k", "top_k": 3, "gates": "renormalized"}}},
+    "top_k-renormalized": {
+        "moe": {"ffn_hidden_size": 12, "router": {"type": "top_k", "top_k": 3, "gates": "renormalized"}}
+    },
     "top_k-hyper": {"moe": {"layer_freq": [1, 0, 1], "hyper": HYPER}},
     "top_k-hyper-sum-tied": {
         "share_embeddings_and_output_weights": True,

@@ -84,6 +84,11 @@ def test_what_lies_beside_the_weights_starts_a_run(tokenizer: Path, tmp_path: Pa
     assert report.notes == ()
 
 
+def test_a_length_of_nothing_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="seq_length is 0; must be 1 or more"):
+        import_hf(saved("llama"), tmp_path / "out", seq_length=0)
+
+
 def test_weights_in_bf16_are_read_exactly(tmp_path: Path) -> None:
     model = stock_model("mixtral").bfloat16()
     model.save_pretrained(tmp_path / "hf")

@@ -379,6 +379,15 @@ def test_the_command_exports_and_verifies(run, tmp_path):
     assert config.model_type == "moetrain" and config.dtype == torch.bfloat16
 
 
+def test_a_stock_export_is_verified_too(run, tmp_path):
+    words = ["to-hf", str(run("top_k-renormalized")), str(tmp_path / "out"), "--architecture", "mixtral", "--verify"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "verified: 128 positions" in result.output and "as mixtral" in result.output
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "trust_remote_code" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_command_leaves_no_export_that_failed_its_verification(run, tmp_path, monkeypatch):
     right = TRANSFORMS["split_qkv"]
     wrong = Transform(lambda qkv, model: (lambda q, k, v: (q, v, k))(*right.split(qkv, model)), right.join)
