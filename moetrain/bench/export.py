@@ -32,7 +32,8 @@ _CHUNK = 8 * 2**20
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Sizes in bytes, times of the wall and of all threads' CPU. `peak` is the most resident memory of the export above `program`, what the process had before."""
+    """Sizes in bytes, times of the wall and of all threads' CPU. `peak` is the most resident memory of the export above
+    `program`, what the process had before."""
 
     parameters: int
     read: int
@@ -221,8 +222,8 @@ def page(result: ExportResult, dtype: str) -> str:
     return f"""# Export to Hugging Face
 
 Written by `moetrain bench export`: a Mixtral of zeros, whose checkpoint is files with holes, exported by one process
-without a GPU (`{machine()}`). Memory is resident memory (VmHWM of Linux, set back before the export). Times are of one
-run, on whatever else the machine was doing.
+without a GPU, on {machine()}. Memory is resident memory (VmHWM of Linux, set back before the export).
+Times are of one run beside whatever else the machine was doing.
 
 | | |
 |---|---|
