@@ -37,6 +37,7 @@ from moetrain.errors import ConversionError, DataError
 CONFIG = "config.yaml"
 TOLERANCE = 1e-4
 """Largest difference of a logit that counts as equal, both sides in fp32."""
+MAX_ELEMENTS = 2**40
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def import_hf(
     source = HFFolder(folder)
     architecture = architecture_of(source.config)
     model = architecture.read_config(source.config)
+    _refuse_absurd_sizes(model)
     weights = _Weights(source, architecture, model)
     param_map = _param_map(weights, architecture, model)
     if seq_length is not None:
@@ -133,6 +135,15 @@ class _Weights:
     def read(self, name: str, offset: Shape, shape: Shape) -> Tensor:
         """In fp32, as masters are."""
         return self._source.read(name, offset, shape).float()
+
+
+def _refuse_absurd_sizes(model: ModelConfig) -> None:
+    """Before anything is made of these shapes, if only to be compared with those of the files."""
+    for name, shape in parameter_shapes(model):
+        if math.prod(shape) >= MAX_ELEMENTS:
+            raise ConversionError(
+                f"config.json: {name} would have shape {list(shape)}; at most {MAX_ELEMENTS} elements"
+            )
 
 
 def _param_map(weights: _Weights, architecture: Architecture, model: ModelConfig) -> ParamMap:

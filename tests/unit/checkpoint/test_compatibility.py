@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from moetrain.checkpoint import check_config
+from moetrain.checkpoint import check_config, model_differences
 from moetrain.errors import CheckpointError
 
 CONFIG = {
@@ -138,3 +138,11 @@ def test_another_objective_is_told():
     before = changed(training__objective={"type": "masked_lm", "share": 0.15})
     now = changed(training__objective={"type": "masked_lm", "share": 0.3})
     assert check_config(before, now) == ["training.objective.share: 0.15 in the checkpoint, 0.3 in this run"]
+
+
+def test_a_setting_that_is_off_is_no_difference_to_a_version_without_it() -> None:
+    old = {"model": {"hidden_size": 8}}
+    new = {"model": {"hidden_size": 8, "add_qkv_bias": False, "qk_layernorm": None, "kv_channels": None}}
+    assert list(model_differences(old, new)) == list(model_differences(new, old)) == []
+    biased = {"model": {"hidden_size": 8, "add_qkv_bias": True}}
+    assert list(model_differences(old, biased)) == [("model.add_qkv_bias", "absent", "true")]

@@ -207,6 +207,13 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("llama", {"num_hidden_layers": 4000}, "num_hidden_layers is 4000; the folder has only"),
     ("llama", {"num_hidden_layers": "3"}, 'num_hidden_layers is "3".*type int'),
     ("llama", {"num_hidden_layers": True}, "num_hidden_layers is true.*type int"),
+    (
+        "llama",
+        {"head_dim": 2**30, "num_attention_heads": 32, "num_key_value_heads": 32},
+        r"would have shape \[.*at most",
+    ),
+    ("llama", {"intermediate_size": 2**30}, r"linear_fc1\.weight would have|gate_proj\.weight has shape"),
+    ("mixtral", {"num_local_experts": 4096}, r"lacks \d+ tensor"),
     ("llama", {"hidden_size": 33}, "hidden_size is 33.*multiple"),
     ("llama", {"vocab_size": 97}, r"embed_tokens\.weight has shape \[96, 32\].*says \[97, 32\]"),
     ("llama", {"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be divisible"),

@@ -261,6 +261,9 @@ def test_a_killed_export_leaves_nothing_under_its_name(reader, tmp_path, monkeyp
     (left,) = tmp_path.iterdir()
     assert left.name == ".out.partial"
     assert (left / "model.safetensors").is_file()
+    monkeypatch.undo()
+    export_hf(reader, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_check_that_refuses_leaves_nothing(reader, tmp_path):
