@@ -14,7 +14,7 @@ from moetrain.checkpoint import CheckpointReader, find_step_folder
 from moetrain.checkpoint.manifest import MANIFEST_NAME
 from moetrain.config.loader import config_from_dict, config_to_dict
 from moetrain.config.schema import RunConfig
-from moetrain.convert.switch import import_switch, is_switch_folder
+from moetrain.convert.from_hf import Dropped, import_hf
 from moetrain.convert.upcycle import upcycle
 from moetrain.errors import ConfigError
 
@@ -32,18 +32,20 @@ ARMS: dict[str, dict[str, Any]] = {
 """Name of an arm, and the settings under `model.moe` that it changes."""
 
 
-def checkpoint_of(model: Path, out: Path, dropped: str, announce: Callable[[str], None]) -> Path:
-    """The step folder of `model`; a Switch Transformer of Hugging Face is imported into `out` first, once."""
-    if not is_switch_folder(model):
+def checkpoint_of(model: Path, out: Path, dropped: Dropped | None, announce: Callable[[str], None]) -> Path:
+    """The step folder of `model`; a folder of Hugging Face is imported into `out` first, once, and proved."""
+    if not (model / "config.json").is_file():
+        if dropped is not None:
+            raise ConfigError(f"--dropped ({dropped}) is of an import; {model} is no Hugging Face folder")
         return find_step_folder(model)
     imported = out / "imported"
     if not (imported / MANIFEST_NAME).is_file():
-        import_switch(model, imported, dropped="input" if dropped == "input" else "zero", announce=announce)
-        return imported
+        return import_hf(model, imported, verify=True, dropped=dropped, announce=announce).folder
     with CheckpointReader(imported, verify="size") as reader:
         source = reader.extra.get("imported_from", {}).get("folder")
-        then = (reader.config["model"].get("moe") or {}).get("capacity", {}).get("dropped", dropped)
-    if source != str(model) or then != dropped:
+        capacity = (reader.config["model"].get("moe") or {}).get("capacity") or {}
+    then, now = capacity.get("dropped"), dropped or ("zero" if capacity else None)
+    if source != str(model) or then != now:
         raise ConfigError(
             f"{imported} was imported from {source} with --dropped {then}; choose another --out, or delete it"
         )

@@ -60,8 +60,8 @@ def glue(
     model: Annotated[
         Path,
         typer.Option(
-            help="checkpoint of a pretrained model (a step, `checkpoints` or run folder), or a Hugging Face folder of "
-            "a Switch Transformer, whose encoder is imported into --out"
+            help="checkpoint of a pretrained model (a step, `checkpoints` or run folder), or a Hugging Face folder, "
+            "which is imported into --out; of a Switch Transformer the encoder"
         ),
     ],
     data: Annotated[Path, typer.Option(help="folder with GLUE's folders: CoLA, SST-2, MRPC ...")],
@@ -82,8 +82,9 @@ def glue(
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each task and arm, with seeds from --seed on")] = 1,
     num_processes: Annotated[int, typer.Option("--num-processes", "-n", min=1, help="data-parallel ranks")] = 1,
     dropped: Annotated[
-        Dropped, typer.Option(help="of an imported model: what a token without a place at its expert gets")
-    ] = Dropped.zero,
+        Dropped | None,
+        typer.Option(help="of an imported Switch Transformer: what a token without a place at its expert gets (zero)"),
+    ] = None,
 ) -> None:
     """Fine-tune on GLUE's tasks, one after another, and report what the held-out parts give."""
     from moetrain.claims.glue_arms import check_arms, checkpoint_of, start_of
@@ -94,7 +95,7 @@ def glue(
     check_arms(compared)
     for task in chosen:
         check_task(data, task)
-    pretrained = checkpoint_of(model, out, dropped.value, typer.echo)
+    pretrained = checkpoint_of(model, out, None if dropped is None else dropped.value, typer.echo)
     material = {task.name: _converted(task, data, out) for task in chosen}
     plans = []
     for arm in compared:

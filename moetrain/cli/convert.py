@@ -80,54 +80,48 @@ def to_hf(
         )
 
 
-@app.command("from-switch")
-def from_switch(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Switch Transformer.", metavar="DIR")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; must be absent or empty.")],
-    seq_length: Annotated[
-        int, typer.Option(min=1, help="Tokens of a sample; a run that starts here may change it.")
-    ] = 512,
-    dropped: Annotated[
-        Dropped,
-        typer.Option(
-            help="What a token without a place at its expert gets: nothing, as transformers has it today, or the "
-            "layer's input, as HyperMoE's released code has it."
-        ),
-    ] = Dropped.zero,
-    verify: Annotated[
-        bool, typer.Option(help="Compare hidden states with transformers'; needs memory for both models.")
-    ] = True,
-) -> None:
-    """Import the encoder of a Switch Transformer: a checkpoint, its tokenizer, and a config.yaml to start from."""
-    from moetrain.convert.switch import import_switch
-
-    report = import_switch(source, out, seq_length, dropped.value, verify, announce=typer.echo)
-    typer.echo(f"wrote {report.folder}: {report.parameters:,} parameters; {report.unused} tensors of the decoder left")
-    for note in report.notes:
-        typer.echo(f"left out, {note}")
-    if report.difference is not None:
-        typer.echo(f"verified: largest difference of a hidden state {report.difference:.2g} of the largest one")
-
-
 @app.command("from-hf")
 def from_hf(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face model folder with safetensors weights.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A Hugging Face model folder with safetensors weights."),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write; must be absent or empty.")],
     seq_length: Annotated[
-        int | None, typer.Option(help="Tokens of a training sequence; default: the longest that config.json allows.")
+        int | None,
+        typer.Option(
+            help="Tokens of a training sequence; default: the longest that config.json allows, or 512 where it sets no "
+            "limit."
+        ),
+    ] = None,
+    dropped: Annotated[
+        Dropped | None,
+        typer.Option(
+            help="Of a Switch Transformer, what a token without a place at its expert gets: nothing (the default), as "
+            "transformers has it today, or the layer's input, as HyperMoE's released code has it."
+        ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Compare the logits with those of transformers; needs memory for both models.")
+        bool,
+        typer.Option(
+            help="Compare the logits, of an encoder the hidden states, with those of transformers; needs memory for "
+            "both models."
+        ),
     ] = False,
 ) -> None:
     """Import a Hugging Face model as a checkpoint to start from, with a config. Runs no code of the folder."""
     from moetrain.convert.from_hf import CONFIG, import_hf
+    from moetrain.convert.hidden_states import StatesReport
 
-    report = import_hf(folder, out, seq_length=seq_length, verify=verify, announce=typer.echo)
+    choice = None if dropped is None else dropped.value
+    report = import_hf(folder, out, seq_length, verify, choice, announce=typer.echo)
     typer.echo(f"wrote {report.folder}: {report.tensors} tensors of a {report.architecture} model, and {CONFIG}")
     for note in report.notes:
         typer.echo(f"note: {note}")
-    if report.logits is not None:
-        typer.echo(
-            f"verified: {report.logits.positions} positions, largest difference of a logit {report.logits.max_abs:.2g}"
+    if report.proof is not None:
+        largest = (
+            f"hidden state {report.proof.max_relative:.2g} of the largest one"
+            if isinstance(report.proof, StatesReport)
+            else f"logit {report.proof.max_abs:.2g}"
         )
+        typer.echo(f"verified: {report.proof.positions} positions, largest difference of a {largest}")

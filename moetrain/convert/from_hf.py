@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ from moetrain.config.size import parameter_shapes
 from moetrain.config.yaml_tree import write_yaml
 from moetrain.convert.architectures import Architecture, architecture_of
 from moetrain.convert.hf_folder import HFFolder
+from moetrain.convert.hidden_states import StatesReport, compare_states
 from moetrain.convert.mapping import ParamMap, Shape, check_tensors, read_whole
 from moetrain.convert.step_folder import write_step_folder
+from moetrain.convert.t5_tokenizer import FILE as T5_FILE
+from moetrain.convert.t5_tokenizer import with_sentinels
 from moetrain.convert.tokenizer import COPIED
 from moetrain.convert.verify import LogitsReport, compare_logits, hf_logits
 from moetrain.convert.whole_folder import appearing_whole, refuse_full_disk, refuse_nonempty
@@ -35,16 +38,20 @@ from moetrain.data.tokenizers import load_tokenizer
 from moetrain.errors import ConversionError, DataError
 
 CONFIG = "config.yaml"
+SENTENCEPIECE = "tokenizer.model"
 TOLERANCE = 1e-4
 """Largest difference of a logit that counts as equal, both sides in fp32."""
 MAX_ELEMENTS = 2**40
+
+Dropped = Literal["zero", "input"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was written. `tokenizer` is None where the folder has none that we can use; `notes` say why."""
+    """What was written. `tokenizer` is None where the folder has none that we can use; `notes` say why, and what of the
+    model stayed behind. `proof` is None without verification."""
 
     folder: Path
     architecture: str
@@ -53,7 +60,7 @@ class ImportReport:
     parameters: int
     tokenizer: Path | None
     notes: tuple[str, ...]
-    logits: LogitsReport | None
+    proof: LogitsReport | StatesReport | None
 
 
 def import_hf(
@@ -61,15 +68,18 @@ def import_hf(
     out: Path,
     seq_length: int | None = None,
     verify: bool = False,
+    dropped: Dropped | None = None,
     announce: Callable[[str], None] = log.info,
 ) -> ImportReport:
     """Write `out`: a step folder from which `checkpoint.load` with `load_weights_only` starts on any layout, with
     `config.yaml` and the tokenizer's files beside the weights.
 
     Args:
-        seq_length: tokens of a training sequence; default: the longest that config.json allows.
-        verify: compare the logits of both models on random tokens, in fp32 on CPU; both must fit in memory, and there
-            must be no process group yet.
+        seq_length: tokens of a training sequence; default: the longest that config.json allows, or 512 where it sets
+            no limit.
+        verify: compare the logits of both models, or the final hidden states of encoders, on random tokens, in fp32 on
+            CPU; both must fit in memory, and there must be no process group yet.
+        dropped: `model.moe.capacity.dropped` of a Switch Transformer, default zero, as transformers has it.
         announce: gets one line with the size before any weight is read.
 
     `out` appears whole or not at all. ConversionError for a folder that cannot be read, a config that we do not
@@ -81,8 +91,13 @@ def import_hf(
     source = HFFolder(folder)
     architecture = architecture_of(source.config)
     model = architecture.read_config(source.config)
+    notes = list(architecture.notes(source.config))
+    if dropped is not None:
+        model = _with_dropped(model, architecture, dropped)
     _refuse_absurd_sizes(model)
     weights = _Weights(source, architecture, model)
+    if weights.unused:
+        notes.append(f"{weights.unused} tensors stay behind: {', '.join(p + '*' for p in architecture.unused)}")
     param_map = _param_map(weights, architecture, model)
     if seq_length is not None:
         model = model.model_copy(update={"seq_length": seq_length})
@@ -93,38 +108,52 @@ def import_hf(
     )
     try:
         with appearing_whole(out) as draft:
-            tokenizer, fingerprint, notes = _copy_tokenizer(source, draft / "tokenizer", out.absolute() / "tokenizer")
+            tokenizer, fingerprint, missing = _copy_tokenizer(source, draft, out.absolute(), model)
             run = _start_config(model, folder.resolve().name, out.absolute(), tokenizer)
             (draft / CONFIG).write_text(_yaml(run), encoding="utf-8")
             extra: dict[str, Any] = {"imported_from": {"folder": str(folder), "architecture": architecture.name}}
             if fingerprint is not None:
                 extra["tokenizer"] = fingerprint
             write_step_folder(draft, _pieces(param_map, weights, model), run, "imported", extra)
-            logits = _compare(folder, draft, model) if verify else None
+            proof = _compare(folder, draft, model) if verify else None
         OS_FILES.sync_folder(out.absolute().parent)
     except OSError as error:
         raise ConversionError(f"importing to {out} failed: {error}") from error
     where = None if tokenizer is None else Path(tokenizer.path)
-    return ImportReport(out, architecture.name, model, len(param_map.theirs()), parameters, where, tuple(notes), logits)
+    notes = [*missing, *notes]
+    return ImportReport(out, architecture.name, model, len(param_map.theirs()), parameters, where, tuple(notes), proof)
+
+
+def _with_dropped(model: ModelConfig, architecture: Architecture, dropped: Dropped) -> ModelConfig:
+    if model.moe is None or model.moe.capacity is None:
+        raise ConversionError(
+            f"dropped ({dropped}) is for experts with a capacity, those of Switch Transformers; this model "
+            f"({architecture.name}) drops no token: remove it"
+        )
+    capacity = model.moe.capacity.model_copy(update={"dropped": dropped})
+    return model.model_copy(update={"moe": model.moe.model_copy(update={"capacity": capacity})})
 
 
 class _Weights:
-    """The folder's tensors without those that say nothing: buffers of old versions, and a tied output layer's copy."""
+    """The folder's tensors without those that stay behind (`unused` in number), and those that say nothing: buffers of
+    old versions, and the second one of tied embeddings."""
 
     def __init__(self, source: HFFolder, architecture: Architecture, model: ModelConfig) -> None:
         self._source = source
         if model.num_layers > len(list(source.names())):
             raise ConversionError(
-                f"config.json: num_hidden_layers is {model.num_layers}; the folder has only "
-                f"{len(list(source.names()))} tensors"
+                f"config.json tells of {model.num_layers} layers; the folder has only {len(list(source.names()))} "
+                "tensors"
             )
         ignored = [re.compile(re.escape(p).replace(r"\{i\}", r"\d+")) for p in architecture.ignored]
-        self._names = [name for name in source.names() if not any(p.fullmatch(name) for p in ignored)]
-        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-        if model.share_embeddings_and_output_weights and {embedding, head} <= set(self._names):
-            if not torch.equal(read_whole(source, embedding), read_whole(source, head)):
-                raise ConversionError(f"config.json ties the embeddings, but {head} is not {embedding}")
-            self._names.remove(head)
+        there = [name for name in source.names() if not any(p.fullmatch(name) for p in ignored)]
+        self._names = [name for name in there if not name.startswith(architecture.unused)]
+        self.unused = len(there) - len(self._names)
+        if model.share_embeddings_and_output_weights and set(architecture.tied) <= set(self._names):
+            embedding, copy = architecture.tied
+            if not torch.equal(read_whole(source, embedding), read_whole(source, copy)):
+                raise ConversionError(f"the model ties the embeddings, but {copy} is not {embedding}")
+            self._names.remove(copy)
 
     def names(self) -> Iterable[str]:
         return self._names
@@ -165,34 +194,54 @@ def _pieces(param_map: ParamMap, weights: _Weights, model: ModelConfig) -> Itera
 # --- the run to come ------------------------------------------------------------------------------------------------
 
 
-def _copy_tokenizer(source: HFFolder, draft: Path, final: Path) -> tuple[TokenizerConfig | None, str | None, list[str]]:
-    """What a run may name as its tokenizer (None: nothing), its fingerprint, and what is to be said about it."""
-    if source.has("tokenizer.json"):
-        kind, name, files = "huggingface", "", (*COPIED, "tokenizer_config.json")
-    elif source.has("tokenizer.model"):
-        kind, name, files = "sentencepiece", "tokenizer.model", ("tokenizer.model",)
-    else:
-        return None, None, ["the folder has no tokenizer.json and no tokenizer.model; set data.tokenizer"]
-    draft.mkdir()
-    for file in files:
-        if source.has(file):
-            shutil.copyfile(source.folder / file, draft / file)
+def _copy_tokenizer(
+    source: HFFolder, draft: Path, out: Path, model: ModelConfig
+) -> tuple[TokenizerConfig | None, str | None, list[str]]:
+    """What a run may name as its tokenizer (None: nothing), its fingerprint, and what is to be said about it.
+
+    ConversionError where an encoder has none that works: which token hides another is nobody's free choice.
+    """
+    folder = draft / "tokenizer"
+    folder.mkdir()
     try:
-        fingerprint = load_tokenizer(TokenizerConfig(type=kind, path=str(draft / name))).fingerprint
+        kind, name = _copy_files(source, folder, model.vocab_size)
+        fingerprint = load_tokenizer(TokenizerConfig(type=kind, path=str(folder / name))).fingerprint
     except DataError as error:
-        shutil.rmtree(draft)
-        return None, None, [f"set data.tokenizer: {str(error).replace(str(draft), str(source.folder))}"]
-    return TokenizerConfig(type=kind, path=str(final / name)), fingerprint, []
+        told = str(error).replace(str(folder), str(source.folder))
+        if model.type == "encoder":
+            raise ConversionError(f"an encoder needs the tokenizer that it was trained with: {told}") from error
+        shutil.rmtree(folder)
+        return None, None, [f"set data.tokenizer: {told}"]
+    return TokenizerConfig(type=kind, path=str(out / "tokenizer" / name)), fingerprint, []
+
+
+def _copy_files(source: HFFolder, folder: Path, vocab_size: int) -> tuple[Literal["huggingface", "sentencepiece"], str]:
+    """The kind of tokenizer that is then in `folder`, and its file's name, or none where it is the folder itself. A
+    tokenizer.json is preferred: it is what transformers runs."""
+    if source.has("tokenizer.json"):
+        for file in (*COPIED, "tokenizer_config.json"):
+            if source.has(file):
+                shutil.copyfile(source.folder / file, folder / file)
+        return "huggingface", ""
+    if source.has(SENTENCEPIECE):
+        shutil.copyfile(source.folder / SENTENCEPIECE, folder / SENTENCEPIECE)
+    elif source.has(T5_FILE):
+        path = source.folder / T5_FILE
+        (folder / SENTENCEPIECE).write_bytes(with_sentinels(path.read_bytes(), vocab_size, str(path)))
+    else:
+        raise DataError(f"{source.folder} has no tokenizer.json, {SENTENCEPIECE} or {T5_FILE}")
+    return "sentencepiece", SENTENCEPIECE
 
 
 def _start_config(model: ModelConfig, name: str, out: Path, tokenizer: TokenizerConfig | None) -> RunConfig:
     """A complete run. What only the user can know, data and sizes of steps, has values to replace."""
     named = tokenizer or TokenizerConfig(type="huggingface", path="path/to/tokenizer.json")
+    objective = "masked_lm" if model.type == "encoder" else "causal_lm"
     tree = {
         "run": {"dir": f"runs/{name}", "name": name},
         "model": _settings(model),
         "data": {"tokenizer": named.model_dump(), "train": [{"path": "path/to/corpus_text"}]},
-        "training": {"train_iters": 1000, "global_batch_size": 8},
+        "training": {"train_iters": 1000, "global_batch_size": 8, "objective": {"type": objective}},
         "checkpoint": {"load": str(out), "load_weights_only": True},
     }
     return config_from_dict(tree, "the imported model")
@@ -211,7 +260,9 @@ def _yaml(run: RunConfig) -> str:
         "run": run.run.model_dump(),
         "model": _settings(run.model),
         "data": run.data.model_dump(mode="json", include={"tokenizer": True, "train": {0: {"path"}}}),
-        "training": run.training.model_dump(include={"train_iters", "global_batch_size"}),
+        "training": run.training.model_dump(
+            include={"train_iters": True, "global_batch_size": True, "objective": {"type"}}
+        ),
         "checkpoint": run.checkpoint.model_dump(include={"load", "load_weights_only"}),
     }
     return "# Replace data.train, and run.dir and training as you like.\n" + write_yaml(tree)
@@ -220,7 +271,9 @@ def _yaml(run: RunConfig) -> str:
 # --- the proof ------------------------------------------------------------------------------------------------------
 
 
-def _compare(folder: Path, draft: Path, model: ModelConfig, sequences: int = 2) -> LogitsReport:
+def _compare(folder: Path, draft: Path, model: ModelConfig, sequences: int = 2) -> LogitsReport | StatesReport:
+    if model.type == "encoder":
+        return compare_states(folder, draft)
     from moetrain.model.reference_logits import megatron_logits  # imports Megatron: seconds that others need not pay
 
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ an index into our first dimension.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,17 @@ def _join_identity(parts: tuple[Tensor, ...], _: ModelConfig) -> Tensor:
     return parts[0]
 
 
+def _split_unscaled_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
+    """For attention that does not divide its scores by the root of the head's width, as ours does (T5)."""
+    query, key, value = _split_qkv(qkv, model)
+    return query / math.sqrt(model.head_dim), key, value
+
+
+def _join_unscaled_qkv(parts: tuple[Tensor, ...], model: ModelConfig) -> Tensor:
+    query, key, value = parts
+    return _join_qkv((query * math.sqrt(model.head_dim), key, value), model)
+
+
 @dataclass(frozen=True)
 class Transform:
     """One of our tensors as several of theirs, and back."""
@@ -94,6 +106,7 @@ TRANSFORMS = {
     "identity": Transform(_split_identity, _join_identity),
     "split_gate_up": Transform(_split_gate_up, _join_gate_up),
     "split_qkv": Transform(_split_qkv, _join_qkv),
+    "split_unscaled_qkv": Transform(_split_unscaled_qkv, _join_unscaled_qkv),
 }
 
 

@@ -95,6 +95,8 @@ def test_the_papers_arms_start_from_imported_weights_and_are_judged(place: Path)
     assert first["hypermoe"] == first["plain"]  # a hyper-expert starts at zero
     other = glue(["--task", "SST-2", "--epochs", "4", "--dropped", "input"], place)
     assert "was imported from tiny with --dropped zero; choose another --out" in str(other.exception)
+    other = glue(["--task", "SST-2", "--model", "judged/imported", "--dropped", "input"], place)
+    assert "--dropped (input) is of an import; judged/imported is no Hugging Face folder" in str(other.exception)
     other = glue(["--task", "SST-2", "--epochs", "4", "--arm", "hypermoe", "--seed", "5"], place)
     assert "was made of another model or seed" in str(other.exception)
 

@@ -1,6 +1,7 @@
 """One table per architecture that checkpoints are converted to or from.
 
-`STOCK` lists those that `transformers` computes. `moetrain.py` is our own, whose modelling files travel with an export.
+`STOCK` lists those of `transformers` that are read and written, `READ` also those that are only read. `moetrain.py` is
+our own, whose modelling files travel with an export.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from moetrain.convert.architectures.olmoe import OLMOE
 from moetrain.convert.architectures.qwen2 import QWEN2
 from moetrain.convert.architectures.qwen3 import QWEN3
 from moetrain.convert.architectures.qwen3_moe import QWEN3_MOE
+from moetrain.convert.architectures.switch import SWITCH
 from moetrain.errors import ConversionError
 
-__all__ = ["STOCK", "Architecture", "architecture_of"]
+__all__ = ["READ", "STOCK", "Architecture", "architecture_of"]
 
 STOCK: dict[str, Architecture] = {
     architecture.name: architecture for architecture in (MIXTRAL, QWEN3_MOE, OLMOE, DOTS1, LLAMA, QWEN2, QWEN3)
 }
+READ: dict[str, Architecture] = STOCK | {SWITCH.name: SWITCH}
 
 _LATENT = "its multi-head latent attention is not computed here; of DeepSeek-V3's kind dots1 has ordinary attention"
 _KNOWN_OTHERS = {
@@ -34,9 +37,9 @@ _KNOWN_OTHERS = {
 def architecture_of(config: Config) -> Architecture:
     """The architecture that a config.json names. ConversionError for one that we cannot compute."""
     name = config.get("model_type")
-    if isinstance(name, str) and name in STOCK:
-        return STOCK[name]
+    if isinstance(name, str) and name in READ:
+        return READ[name]
     reason = f" ({_KNOWN_OTHERS[name]})" if isinstance(name, str) and name in _KNOWN_OTHERS else ""
     raise ConversionError(
-        f"config.json: model_type is {name!r}, which we do not read{reason}; legal: {', '.join(STOCK)}"
+        f"config.json: model_type is {name!r}, which we do not read{reason}; legal: {', '.join(READ)}"
     )

@@ -1,7 +1,7 @@
 """What describes an architecture: its table of names, and how its config.json and our model settings correspond.
 
-A stock architecture is one that `transformers` computes. Reading its config refuses every value that we do not compute.
-Writing one is checked by reading it back: where that gives another model than ours, the architecture does not fit.
+Reading a config refuses every value that we do not compute. Writing one is checked by reading it back: where that gives
+another model than ours, the architecture does not fit.
 """
 
 from __future__ import annotations
@@ -60,38 +60,45 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A stock architecture.
+    """An architecture that `transformers` computes.
 
     Attributes:
-        name: `model_type` in config.json; class_name: the model class.
+        name: `model_type` in config.json; class_names: the model classes. The first one is written.
         spellings: tables of names. The first one is written; all are read, because a file may hold fused experts.
-        rope_theta: base of the rotary positions where config.json has none.
+        rope_theta: base of the rotary positions where config.json has none; None: it has no rotary positions.
         implies: settings of ours that the architecture always has, by dotted path.
         complete: adds to our settings (a tree) what no field can say, from their config.
         express: the same the other way, into their config.
+        notes: what of their config has no counterpart here, in sentences; none of it acts in evaluation.
         ignored: patterns of tensors that say nothing, with `{i}` for a number.
+        unused: prefixes of tensors that stay behind, because we have no place for their part of the model.
+        tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
     """
 
     name: str
-    class_name: str
+    class_names: tuple[str, ...]
     spellings: tuple[tuple[Rule, ...], ...]
     fields: tuple[Field | Fixed, ...]
-    rope_theta: float
+    rope_theta: float | None
     implies: Mapping[str, Any]
     complete: Callable[[Config, dict[str, Any]], None] = lambda _config, _tree: None
     express: Callable[[ModelConfig, dict[str, Any]], None] = lambda _model, _config: None
+    notes: Callable[[Config], tuple[str, ...]] = lambda _config: ()
     ignored: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
+    unused: tuple[str, ...] = ()
+    tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
 
     def read_config(self, config: Config) -> ModelConfig:
         """The model that a config.json describes. ConversionError for the first thing that we do not compute."""
-        _refuse_foreign_code(config, self.class_name)
+        _refuse_foreign_code(config, self.class_names)
         tree: dict[str, Any] = {}
         for field in self.fields:
             if isinstance(field, Fixed):
                 _require_legal(config, field)
             else:
-                _put(tree, field.ours, _value(config, field))
-        tree["rotary_base"] = _rotary_base(config, self.rope_theta)
+                _put(tree, field.ours, value_of(config, field))
+        if self.rope_theta is not None:
+            tree["rotary_base"] = _rotary_base(config, self.rope_theta)
         for path, value in self.implies.items():
             _put(tree, path, value)
         self.complete(config, tree)
@@ -105,7 +112,8 @@ class Architecture:
 
     def write_config(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model. ConversionError, with the settings, where the architecture does not fit it."""
-        config: dict[str, Any] = {"model_type": self.name, "architectures": [self.class_name]}
+        _refuse_other_blocks(model, self.name)
+        config: dict[str, Any] = {"model_type": self.name, "architectures": [self.class_names[0]]}
         for field in self.fields:
             if isinstance(field, Fixed):
                 config[field.theirs] = field.legal[0]
@@ -151,14 +159,14 @@ def refuse(name: str, value: Any, legal: str) -> NoReturn:
     raise ConversionError(f"config.json: {name} is {json.dumps(value)[:200]}, which we do not compute; legal: {legal}")
 
 
-def _refuse_foreign_code(config: Config, class_name: str) -> None:
+def _refuse_foreign_code(config: Config, class_names: tuple[str, ...]) -> None:
     if config.get("auto_map"):
         raise ConversionError("config.json: auto_map names Python code of the folder's own; only stock models are read")
     if config.get("quantization_config"):
         raise ConversionError("config.json: quantization_config: quantized weights are not read; legal: none")
-    classes = config.get("architectures") or [class_name]
-    if class_name not in classes:
-        refuse("architectures", classes, class_name)
+    classes = config.get("architectures") or list(class_names)
+    if not isinstance(classes, list) or not any(name in classes for name in class_names):
+        refuse("architectures", classes, ", ".join(class_names))
 
 
 def _require_legal(config: Config, field: Fixed) -> None:
@@ -169,7 +177,8 @@ def _require_legal(config: Config, field: Fixed) -> None:
         refuse(field.theirs, value, ", ".join(json.dumps(v) for v in field.legal))
 
 
-def _value(config: Config, field: Field) -> Any:
+def value_of(config: Config, field: Field) -> Any:
+    """Ours for a value of config.json. ConversionError for one of another type, or out of all bounds."""
     there = [name for name in field.theirs if name in config]
     if not there and field.default is REQUIRED:
         raise ConversionError(f"config.json lacks {field.theirs[0]}")
@@ -220,6 +229,14 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_other_blocks(model: ModelConfig, architecture: str) -> None:
+    """Before a config is made that has no word for these: heads may be odd where positions do not rotate."""
+    for name in ("position_embedding", "activation"):
+        value, plain = getattr(model, name), ModelConfig.model_fields[name].default
+        if value != plain:
+            raise ConversionError(f"{architecture} does not fit this model: model.{name} is {value}, not {plain}")
 
 
 def _get(model: ModelConfig, path: str) -> Any:

@@ -74,7 +74,7 @@ def _express(model: ModelConfig, config: dict[str, Any]) -> None:
 
 DOTS1 = Architecture(
     name="dots1",
-    class_name="Dots1ForCausalLM",
+    class_names=("Dots1ForCausalLM",),
     spellings=tuple(
         (*COMMON, *QK_NORM, ROUTER, *_SHARED, *experts, *DENSE_MLP) for experts in (EXPERTS, FUSED_EXPERTS)
     ),

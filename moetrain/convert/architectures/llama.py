@@ -15,7 +15,7 @@ def _complete(_: Config, tree: dict[str, Any]) -> None:
 
 LLAMA = Architecture(
     name="llama",
-    class_name="LlamaForCausalLM",
+    class_names=("LlamaForCausalLM",),
     spellings=((*COMMON, *DENSE_MLP),),
     fields=(
         *decoder_fields(epsilon=1e-6, kv_heads=None),

@@ -45,7 +45,7 @@ def _express(_: ModelConfig, config: dict[str, Any]) -> None:
 
 MIXTRAL = Architecture(
     name="mixtral",
-    class_name="MixtralForCausalLM",
+    class_names=("MixtralForCausalLM",),
     spellings=(_WRITTEN, (*COMMON, ROUTER, *FUSED_EXPERTS)),
     fields=(
         *decoder_fields(epsilon=1e-5),

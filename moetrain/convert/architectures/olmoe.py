@@ -30,7 +30,7 @@ def _complete(config: Config, tree: dict[str, Any]) -> None:
 
 OLMOE = Architecture(
     name="olmoe",
-    class_name="OlmoeForCausalLM",
+    class_names=("OlmoeForCausalLM",),
     spellings=tuple((*COMMON, *QK_NORM, ROUTER, *experts) for experts in (EXPERTS, FUSED_EXPERTS)),
     fields=(
         *decoder_fields(epsilon=1e-5, kv_heads=None),

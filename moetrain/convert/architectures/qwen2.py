@@ -14,7 +14,7 @@ from moetrain.convert.architectures.decoder import (
 
 QWEN2 = Architecture(
     name="qwen2",
-    class_name="Qwen2ForCausalLM",
+    class_names=("Qwen2ForCausalLM",),
     spellings=((*COMMON, QKV_BIAS, *DENSE_MLP),),
     fields=(
         *decoder_fields(epsilon=1e-6),

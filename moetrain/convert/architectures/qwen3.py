@@ -15,7 +15,7 @@ from moetrain.convert.architectures.decoder import (
 
 QWEN3 = Architecture(
     name="qwen3",
-    class_name="Qwen3ForCausalLM",
+    class_names=("Qwen3ForCausalLM",),
     spellings=((*COMMON, *QK_NORM, *DENSE_MLP),),
     fields=(
         *decoder_fields(epsilon=1e-6, head_dim=128),

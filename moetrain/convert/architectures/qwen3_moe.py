@@ -41,7 +41,7 @@ def _express(model: ModelConfig, config: dict[str, Any]) -> None:
 
 QWEN3_MOE = Architecture(
     name="qwen3_moe",
-    class_name="Qwen3MoeForCausalLM",
+    class_names=("Qwen3MoeForCausalLM",),
     spellings=tuple((*COMMON, *QK_NORM, ROUTER, *experts, *DENSE_MLP) for experts in (EXPERTS, FUSED_EXPERTS)),
     fields=(
         *decoder_fields(epsilon=1e-6),

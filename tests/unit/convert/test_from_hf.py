@@ -154,6 +154,23 @@ def test_auto_takes_a_stock_architecture_only_where_it_fits_exactly(of_kind: Cal
     assert fitting(normed.model_copy(update={"type": "encoder"})) == []
 
 
+@pytest.mark.parametrize("name", STOCK)
+def test_relu_and_relative_positions_have_no_stock_architecture(
+    of_kind: Callable[[str], ModelConfig], name: str
+) -> None:
+    """Where positions do not rotate, heads may be odd, which no stock config could say."""
+    others = {
+        "activation": {"activation": "relu"},
+        "position_embedding": {"position_embedding": "relative", "rotary_base": 10000.0, "kv_channels": 7},
+    }
+    for kind in ("dense", "top_k-renormalized"):
+        for setting, changes in others.items():
+            model = ModelConfig.model_validate(of_kind(kind).model_dump() | changes)
+            words = rf"^{name} does not fit this model: model\.{setting} is {changes[setting]}, not"
+            with pytest.raises(ConversionError, match=words):
+                STOCK[name].write_config(model)
+
+
 def _fits(name: str, model: ModelConfig) -> bool:
     try:
         STOCK[name].write_config(model)
@@ -190,7 +207,7 @@ def test_the_command_imports_and_verifies(tmp_path: Path) -> None:
         app, ["from-hf", str(tmp_path / "hf"), str(tmp_path / "out"), "--verify"], catch_exceptions=False
     )
     assert result.exit_code == 0
-    assert "verified: 128 positions" in result.output and "note: the folder has no tokenizer.json" in result.output
+    assert "verified: 128 positions" in result.output and "note: set data.tokenizer: " in result.output
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -204,7 +221,7 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("llama", {"attention_bias": True}, "attention_bias is true.*legal: false"),
     ("llama", {"mlp_bias": True}, "mlp_bias is true"),
     ("llama", {"num_hidden_layers": 10**30}, r"num_hidden_layers is 10+, .*legal: 1 to 4096"),
-    ("llama", {"num_hidden_layers": 4000}, "num_hidden_layers is 4000; the folder has only"),
+    ("llama", {"num_hidden_layers": 4000}, "tells of 4000 layers; the folder has only"),
     ("llama", {"num_hidden_layers": "3"}, 'num_hidden_layers is "3".*type int'),
     ("llama", {"num_hidden_layers": True}, "num_hidden_layers is true.*type int"),
     (

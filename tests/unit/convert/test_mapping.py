@@ -7,7 +7,7 @@ import torch
 
 from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf_config import hf_config
-from moetrain.convert.mapping import ParamMap, read_whole
+from moetrain.convert.mapping import TRANSFORMS, ParamMap, read_whole
 from moetrain.errors import ConversionError
 
 
@@ -46,6 +46,18 @@ def test_query_groups_are_taken_apart_head_by_head(of_kind, weights, source):
     for projection, order in {"q": (0, 1, 4, 5), "k": (2, 6), "v": (3, 7)}.items():
         expected = torch.cat([heads[n] for n in order])
         assert torch.equal(theirs[f"model.layers.1.self_attn.{projection}_proj.weight"], expected)
+
+
+def test_queries_for_scores_without_a_scale_are_divided_by_ours_and_multiplied_back(of_kind, weights):
+    model = of_kind("dense")
+    fused = weights(model)["decoder.layers.1.self_attention.linear_qkv.weight"]
+    scaled, plain = (TRANSFORMS[name] for name in ("split_unscaled_qkv", "split_qkv"))
+    query, key, value = scaled.split(fused, model)
+    torch.testing.assert_close(query * model.head_dim**0.5, plain.split(fused, model)[0])
+    assert all(
+        torch.equal(mine, other) for mine, other in zip((key, value), plain.split(fused, model)[1:], strict=True)
+    )
+    torch.testing.assert_close(scaled.join((query, key, value), model), fused)
 
 
 def test_experts_are_read_one_at_a_time(of_kind, weights, source):
