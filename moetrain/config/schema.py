@@ -117,6 +117,10 @@ class DispatchConfig(Section):
     )
 
 
+Activation = Literal["swiglu", "relu"]
+"""Of MLPs and experts; see `ModelConfig.activation`."""
+
+
 class MoEConfig(Section):
     """The mixture-of-experts blocks that stand in the MLP slot of some layers."""
 
@@ -230,7 +234,7 @@ class ModelConfig(Section):
         "(Qwen3), or of all heads together (OLMoE); absent: none",
     )
     ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's MLP")
-    activation: Literal["swiglu", "relu"] = Field(
+    activation: Activation = Field(
         default="swiglu",
         description="of MLPs and experts: silu(gate) * up, or max(0, x) of one projection (T5, Switch Transformers)",
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moetrain.config.hypernetworks import hypernetworks
 from moetrain.config.relatives import gate_width, state_width
-from moetrain.config.schema import HyperConfig, ModelConfig, MoEConfig
+from moetrain.config.schema import Activation, HyperConfig, ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield f"{layer}.pre_mlp_layernorm.weight", (d,)
         if model.moe is not None and model.is_moe_layer(i):
             if model.moe.cartesian is None:
-                yield from _moe_shapes(f"{layer}.mlp", model.moe, d, projections_in(model))
+                yield from _moe_shapes(f"{layer}.mlp", model.moe, d, projections_in(model.activation))
             else:
-                yield from _moe_shapes(f"{layer}.mlp.first", model.moe, d, projections_in(model))
-                yield from _moe_shapes(f"{layer}.mlp.second", model.moe, d, projections_in(model))
+                yield from _moe_shapes(f"{layer}.mlp.first", model.moe, d, projections_in(model.activation))
+                yield from _moe_shapes(f"{layer}.mlp.second", model.moe, d, projections_in(model.activation))
                 yield f"{layer}.mlp.layernorm.weight", (d,)
         else:
-            yield f"{layer}.mlp.linear_fc1.weight", (projections_in(model) * model.ffn_hidden_size, d)
+            yield f"{layer}.mlp.linear_fc1.weight", (projections_in(model.activation) * model.ffn_hidden_size, d)
             yield f"{layer}.mlp.linear_fc2.weight", (d, model.ffn_hidden_size)
     yield "decoder.final_layernorm.weight", (d,)
     if model.moe is not None and model.moe.hyper is not None:
@@ -90,9 +90,9 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield "output_layer.weight", (model.vocab_size, d)
 
 
-def projections_in(model: ModelConfig) -> int:
+def projections_in(activation: Activation) -> int:
     """Matrices of an MLP or expert before its activation: SwiGLU's gate and up, or one."""
-    return 2 if model.activation == "swiglu" else 1
+    return 2 if activation == "swiglu" else 1
 
 
 def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
@@ -112,7 +112,7 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
     visible_twice = model.seq_length * (2 if model.type == "encoder" else 1)
     attention = 2 * d * (qkv_rows + width) + 2 * visible_twice * width
-    of_unit = 2 * d * (projections_in(model) + 1)  # of a hidden unit of an MLP or expert
+    of_unit = 2 * d * (projections_in(model.activation) + 1)  # of a hidden unit of an MLP or expert
     dense_mlp = of_unit * model.ffn_hidden_size
     forward = 2.0 * d * model.vocab_size if model.head is None else 0.0
     for i in range(model.num_layers):

@@ -12,7 +12,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from moetrain.moe.experts import Activation, projections_in, run_experts
+from moetrain.config.schema import Activation
+from moetrain.config.size import projections_in
+from moetrain.moe.experts import run_experts
 from moetrain.ops import PermutePlan, combine, permute, unpermute
 
 

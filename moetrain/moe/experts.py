@@ -5,15 +5,13 @@ Legend: T tokens, K expert slots a token, R routed rows, D hidden size, F expert
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moetrain.config.schema import Activation
+from moetrain.config.size import projections_in
 from moetrain.ops import PermutePlan, combine, expert_layer, grouped_gemm, permute, unpermute
-
-Activation = Literal["swiglu", "relu"]
 
 
 def run_experts(
@@ -31,11 +29,6 @@ def run_experts(
     hidden_RF = F.relu(grouped_gemm(permute(x_TD, plan), fc1, plan.tokens_per_expert_E))
     rows_RD = grouped_gemm(hidden_RF, fc2, plan.tokens_per_expert_E)
     return unpermute(rows_RD, plan) if weights_TK is None else combine(rows_RD, weights_TK, plan)
-
-
-def projections_in(activation: Activation) -> int:
-    """Matrices before the activation: SwiGLU's gate and up, or one."""
-    return 2 if activation == "swiglu" else 1
 
 
 class GroupedExperts(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.moe.experts import Activation, projections_in
+from moetrain.config.schema import Activation
+from moetrain.config.size import projections_in
 
 
 class SharedExpert(nn.Module):
