@@ -25,9 +25,12 @@ MARK = "<!-- written by `moetrain bench checkpoint`; do not edit -->"
 _TENSOR_BYTES = 8 * 2**20
 HOW_TO_READ = (
     "One rank, fp32 tensors of 8 MiB. The ways take turns, with a sync of the file system before each; medians of the "
-    "rounds, quartiles in brackets. Stall: how long training stands still for a save in the background, which is the "
-    "copy to host memory by one thread: wall time, and that thread's CPU time, which other processes hardly change. "
-    "First stall: the kernel also hands out the memory. Synchronous: a save that training waits for, with its "
+    "rounds, quartiles in brackets. A save in the background is followed by a pass: products of matrices on one "
+    "thread, as long as the command says. Stall: how long the save holds up training, before the pass and between it "
+    "and the update. First stall: of the first save, where the kernel also hands out the memory. Lost: by how much the "
+    "pass with the save takes longer than a pass alone, which adds what the save's thread takes from the pass; it "
+    "wants a processor that is free, and is noise where it is small. Without a pass: the stall where the update "
+    "follows at once, which is the whole copy to host memory. Synchronous: a save that training waits for, with its "
     "checksums, syncs and commit, as in GB/s. Copy: the same bytes from a file in the page cache to a new file, and "
     "fsync."
 )
@@ -35,13 +38,14 @@ HOW_TO_READ = (
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """Seconds by round, of so many bytes of state. `first_stall`: of the first save in the background. `stall_cpu`: of
-    the calling thread."""
+    """Seconds by round, of so many bytes of state. `first_stall`: of the first save in the background. `lost`: of the
+    pass beside a save, above one alone. `stall_without_pass`: where the update follows at once."""
 
     nbytes: int
     first_stall: float
     stall: list[float]
-    stall_cpu: list[float]
+    lost: list[float]
+    stall_without_pass: list[float]
     background: list[float]
     foreground: list[float]
     copy: list[float]
@@ -59,7 +63,27 @@ class SaveReport:
     times: list[SaveTimes]
 
 
-def measure_saves(sizes: list[int], folder: Path, rounds: int, tell: Callable[[str], None]) -> list[SaveTimes]:
+class Pass:
+    """Work of a fixed amount on one thread, in the place of a forward and backward pass."""
+
+    def __init__(self, seconds: float) -> None:
+        self._a, self._b = torch.rand(512, 512), torch.rand(512, 512)
+        self._products = 1
+        while (took := self.run()) < min(seconds, 0.1):
+            self._products *= 2
+        self._products = max(1, round(self._products * seconds / took))
+
+    def run(self) -> float:
+        """The seconds that it took."""
+        begin = time.perf_counter()
+        for _ in range(self._products):
+            torch.mm(self._a, self._b)
+        return time.perf_counter() - begin
+
+
+def measure_saves(
+    sizes: list[int], folder: Path, rounds: int, pass_seconds: float, tell: Callable[[str], None]
+) -> list[SaveTimes]:
     """`sizes` in bytes. Works in a new folder below `folder`, which is removed.
 
     Raises:
@@ -71,12 +95,13 @@ def measure_saves(sizes: list[int], folder: Path, rounds: int, tell: Callable[[s
     if free < needed:
         raise ConfigError(f"--folder {folder} has {free / 1e9:.1f} GB free; this needs {needed / 1e9:.1f} GB")
     times, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # so that the CPU time of one thread is that of the whole copy
+    torch.set_num_threads(1)  # as a rank of several on one machine has
     try:
+        work = Pass(pass_seconds)
         for size in sizes:
             tell(f"{size / 1e6:.0f} MB")
             with _workplace(folder) as place:
-                times.append(_measure(size, place, rounds))
+                times.append(_measure(size, place, rounds, work))
     finally:
         torch.set_num_threads(threads)
     return times
@@ -88,7 +113,7 @@ def _workplace(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _measure(size: int, place: Path, rounds: int) -> SaveTimes:
+def _measure(size: int, place: Path, rounds: int, work: Pass) -> SaveTimes:
     count = max(1, round(size / _TENSOR_BYTES))
     rows = -(-size // (4 * count))
     tensors = [torch.rand(rows) for _ in range(count)]
@@ -97,33 +122,43 @@ def _measure(size: int, place: Path, rounds: int) -> SaveTimes:
         for tensor in tensors:
             file.write(tensor.numpy().data)
     saver = BackgroundSaver(CheckpointManager(place / "checkpoints", 1, SingleProcess()))
-    first = _in_background(saver, _snapshot(tensors, 1))[0]
-    stall, stall_cpu, background, foreground, copy = [], [], [], [], []
+    first = _beside(work, saver, _snapshot(tensors, 1))[0]
+    stall, lost, at_once, background, foreground, copy = [], [], [], [], [], []
     for number in range(rounds):
+        step = 2 + 3 * number
         os.sync()
         copy.append(_copy(source, place / "copy"))
         os.sync()
-        foreground.append(_seconds(saver.save(_snapshot(tensors, 2 * number + 2)))[1])
+        foreground.append(_seconds(saver.save(_snapshot(tensors, step)))[1])
         os.sync()
-        stalled, cpu, wrote = _in_background(saver, _snapshot(tensors, 2 * number + 3))
+        alone = work.run()
+        stalled, took, wrote = _beside(work, saver, _snapshot(tensors, step + 1))
         stall.append(stalled)
-        stall_cpu.append(cpu)
+        lost.append(took - alone)
         background.append(wrote)
-    return SaveTimes(sum(t.nbytes for t in tensors), first, stall, stall_cpu, background, foreground, copy)
+        os.sync()
+        at_once.append(_beside(None, saver, _snapshot(tensors, step + 2))[0])
+    return SaveTimes(sum(t.nbytes for t in tensors), first, stall, lost, at_once, background, foreground, copy)
 
 
 def _snapshot(tensors: list[torch.Tensor], step: int) -> Snapshot:
-    pieces = [Piece.whole(f"weight.{number}", tensor) for number, tensor in enumerate(tensors)]
+    pieces = [
+        Piece(f"weight.{number}", tuple(tensor.shape), (0,), tensor, steady=True)
+        for number, tensor in enumerate(tensors)
+    ]
     return Snapshot(step, 0, pieces, {}, {}, {})
 
 
-def _in_background(saver: BackgroundSaver, snapshot: Snapshot) -> tuple[float, float, float]:
-    """(stall, its CPU time, write)."""
-    begin = time.thread_time()
+def _beside(work: Pass | None, saver: BackgroundSaver, snapshot: Snapshot) -> tuple[float, float, float]:
+    """(stall, until the update may begin, write)."""
+    begin = time.perf_counter()
     saver.start(snapshot)
-    cpu = time.thread_time() - begin
+    if work is not None:
+        work.run()
+    saver.wait_until_copied()
+    took = time.perf_counter() - begin
     stall, write = _seconds(saver.collect())
-    return stall, cpu, write
+    return stall, took, write
 
 
 def _seconds(outcome: Any) -> tuple[float, float]:
@@ -144,17 +179,19 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def run(sizes: list[int], folder: Path, rounds: int, command: str, tell: Callable[[str], None]) -> SaveReport:
+def run(
+    sizes: list[int], folder: Path, rounds: int, pass_seconds: float, command: str, tell: Callable[[str], None]
+) -> SaveReport:
     """`measure_saves` and where and when that was."""
     started, load = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", os.getloadavg()[0]
-    times = measure_saves(sizes, folder, rounds, tell)
+    times = measure_saves(sizes, folder, rounds, pass_seconds, tell)
     return SaveReport(describe("cpu"), command, started, load, os.getloadavg()[0], times)
 
 
 def table(report: SaveReport, quartiles: bool = True) -> list[list[str]]:
     """Head and rows, as text."""
-    head = ["state, MB", "stall, s", "stall, CPU s", "first stall, s", "synchronous, s", "synchronous / stall"]
-    head += ["in background, s", "save, GB/s", "copy, GB/s", "save / copy"]
+    head = ["state, MB", "stall, s", "first stall, s", "lost, s", "without a pass, s", "synchronous, s"]
+    head += ["stall / synchronous", "in background, s", "save, GB/s", "copy, GB/s", "save / copy"]
     rows = []
 
     def text(seconds: list[float]) -> str:
@@ -167,10 +204,11 @@ def table(report: SaveReport, quartiles: bool = True) -> list[list[str]]:
             [
                 f"{one.nbytes / 1e6:.0f}",
                 text(one.stall),
-                text(one.stall_cpu),
                 significant(one.first_stall),
+                text(one.lost),
+                text(one.stall_without_pass),
                 text(one.foreground),
-                f"{save / stall:.1f}×",
+                f"{stall / save:.1%}",
                 text(one.background),
                 significant(one.nbytes / save / 1e9),
                 significant(one.nbytes / copy / 1e9),
@@ -190,7 +228,7 @@ def machine_lines(report: SaveReport) -> list[str]:
     ]
     if report.load_before > machine.cores / 2:
         lines.append(
-            "The machine was busy: the stall, a copy in memory, suffers most; read the seconds as upper bounds"
+            "The machine was busy: what is lost, and copies in memory, suffer most; read the seconds as upper bounds"
         )
     return lines
 

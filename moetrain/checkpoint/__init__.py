@@ -10,7 +10,7 @@ from moetrain.checkpoint.manifest import Manifest, ShardRecord, merge_records
 from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.checkpoint.rectangles import Rect, flat_range_to_rects, intersect
 from moetrain.checkpoint.retention import Retention
-from moetrain.checkpoint.staging import StagingBuffer
+from moetrain.checkpoint.staging import StagedShare, StagingBuffer
 from moetrain.checkpoint.state import ParameterShard, fill_from, pieces_of, read_rng, rng_piece
 from moetrain.checkpoint.store import Piece, save_shard
 
@@ -28,6 +28,7 @@ __all__ = [
     "ShardRecord",
     "SingleProcess",
     "Snapshot",
+    "StagedShare",
     "StagingBuffer",
     "TorchDistributed",
     "check_config",

@@ -1,4 +1,4 @@
-"""Saves beside training: the state is copied, and a thread does what `CheckpointManager.save` does.
+"""Saves beside training: a thread copies the state, and does what `CheckpointManager.save` does.
 
 A thread and not a process: the copy would have to cross into the process, which would have to import torch anew (eight
 seconds), may not be forked from one that uses CUDA, and would need a process group of its own with every other. The
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.manager import CheckpointManager
-from moetrain.checkpoint.staging import StagingBuffer
+from moetrain.checkpoint.staging import StagedShare, StagingBuffer
 from moetrain.checkpoint.store import Piece
 from moetrain.errors import CheckpointError
 
@@ -60,6 +60,8 @@ class BackgroundSaver:
         self.manager = manager
         self.staging = StagingBuffer()
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._result: SaveOutcome | Exception | None = None
         self._stall = 0.0
 
@@ -80,18 +82,27 @@ class BackgroundSaver:
         return _with_stall(outcome, outcome.write_seconds)
 
     def start(self, snapshot: Snapshot, waited: float = 0.0) -> None:
-        """Copy the state and return; a thread does the rest. `waited`: seconds of stall before this call."""
+        """Copy what is not steady and return; a thread does the rest. Steady pieces may change after
+        `wait_until_copied`. `waited`: seconds of stall before this call."""
         assert self.is_idle, "the save before was not collected"
         begin = time.perf_counter()
         try:
-            pieces: Iterable[Piece] = self.staging.stage(snapshot.pieces)
-        except Exception as error:  # the other ranks save, and must be told by the save, or they wait for ever
-            pieces = _raising(error)
+            share: StagedShare | Exception = self.staging.stage(snapshot.pieces)
+        except Exception as error:
+            share = error
         self._result = None
+        self._copied.clear()
         # A daemon: a process that dies of something else must not wait for peers that are gone.
-        self._thread = threading.Thread(target=self._run, args=(snapshot, pieces), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(snapshot, share), name="checkpoint", daemon=True)
         self._thread.start()
         self._stall = waited + time.perf_counter() - begin
+
+    def wait_until_copied(self) -> None:
+        """To be called before the optimizer's update. Local; returns at once but during the copy of a save."""
+        if not self._copied.is_set():
+            begin = time.perf_counter()
+            self._copied.wait()
+            self._stall += time.perf_counter() - begin
 
     def collect(self, timeout: float | None = None) -> SaveOutcome | None:
         """Wait for the save in the background; None if it takes longer than `timeout` seconds. What is no
@@ -106,11 +117,24 @@ class BackgroundSaver:
         assert self._result is not None, "the thread ended without a word"
         return _with_stall(self._result, self._stall)
 
-    def _run(self, snapshot: Snapshot, pieces: Iterable[Piece]) -> None:
+    def _run(self, snapshot: Snapshot, share: StagedShare | Exception) -> None:
+        pieces = self._pieces(share)
         try:
             self._result = self._save(snapshot, pieces)
         except Exception as error:  # `collect` raises it, in the thread that can do something about it
             self._result = error
+
+    def _pieces(self, share: StagedShare | Exception) -> Iterable[Piece]:
+        """The other ranks save, and must be told of an error by the save, or they wait for ever."""
+        try:
+            if isinstance(share, Exception):
+                return _raising(share)
+            share.finish()
+            return share.pieces
+        except Exception as error:
+            return _raising(error)
+        finally:
+            self._copied.set()
 
     def _save(self, snapshot: Snapshot, pieces: Iterable[Piece]) -> SaveOutcome:
         begin = time.perf_counter()

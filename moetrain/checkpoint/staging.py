@@ -1,9 +1,14 @@
-"""A copy of a rank's share in host memory, so that training may go on while it is written."""
+"""A copy of a rank's share in host memory, so that training may go on while it is written.
+
+Almost all of the share changes in the optimizer's update alone. That part is copied by the thread that writes it,
+beside the next forward and backward pass, and training waits for it just before the update.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,6 +18,31 @@ from moetrain.checkpoint.store import Piece
 _ALIGNMENT = 64
 
 logger = logging.getLogger(__name__)
+
+
+class StagedShare:
+    """Places for all pieces, of which the steady ones are filled by `finish`, in any thread.
+
+    `pieces`: complete after `finish`, and until the buffer stages again.
+    """
+
+    def __init__(self, live: list[Piece], pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        self._to_copy = [(old, new) for old, new in zip(live, pieces, strict=True) if old.steady]
+        # A stream of its own, for the copies to run beside those kernels of training that only read.
+        self._stream = None
+        if any(old.tensor.is_cuda for old, _ in self._to_copy):
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # the update before must have been made
+
+    def finish(self) -> None:
+        """Copy the steady pieces. Before the end of this call they must not change."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for old, new in self._to_copy:
+                new.tensor.copy_(old.tensor.detach(), non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._to_copy = []
 
 
 class StagingBuffer:
@@ -30,24 +60,22 @@ class StagingBuffer:
         """What it takes of this process's memory."""
         return 0 if self._memory is None else self._memory.nbytes
 
-    def stage(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """The same pieces with values as of now. They are overwritten by the next call."""
+    def stage(self, pieces: Iterable[Piece]) -> StagedShare:
+        """The same pieces with values as of now, steady ones after `finish`. The next call overwrites them."""
         live = list(pieces)
         starts, size = [], 0
         for piece in live:
             starts.append(size)
             size += -(-piece.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        on_cuda = any(piece.tensor.is_cuda for piece in live)
-        memory = self._reserve(size, on_cuda)
+        memory = self._reserve(size, any(piece.tensor.is_cuda for piece in live))
         staged = []
         for piece, start in zip(live, starts, strict=True):
             source = piece.tensor.detach()
             place = memory[start : start + source.nbytes].view(source.dtype).view(source.shape)
-            place.copy_(source, non_blocking=True)
+            if not piece.steady:
+                place.copy_(source)
             staged.append(replace(piece, tensor=place))
-        if on_cuda:
-            torch.cuda.synchronize()
-        return staged
+        return StagedShare(live, staged)
 
     def _reserve(self, size: int, pinned: bool) -> torch.Tensor:
         if self._memory is None or self._memory.nbytes < size or (pinned and not self._pinned):

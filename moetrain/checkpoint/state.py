@@ -77,8 +77,10 @@ class ParameterShard:
                 yield slice(at, at + rect.numel), rect.shifted(block.offset)
 
 
-def pieces_of(shard: ParameterShard, name_prefix: str, flat_tensor: Tensor, start: int = 0) -> list[Piece]:
-    """What to store for local elements [start, start + len(flat_tensor)) of a parameter.
+def pieces_of(
+    shard: ParameterShard, name_prefix: str, flat_tensor: Tensor, start: int = 0, steady: bool = False
+) -> list[Piece]:
+    """What to store for local elements [start, start + len(flat_tensor)) of a parameter; `steady` as in `Piece`.
 
     `flat_tensor` is 1-d and contiguous, any dtype and device; the pieces are views of it. Their tensor is called
     `name_prefix + shard.name`. Replicas (over data parallelism, or of unsplit tensors over tensor parallelism) must be
@@ -86,7 +88,7 @@ def pieces_of(shard: ParameterShard, name_prefix: str, flat_tensor: Tensor, star
     """
     name = f"{name_prefix}{shard.name}"
     return [
-        Piece(name, shard.global_shape, rect.offset, flat_tensor[part].view(rect.shape))
+        Piece(name, shard.global_shape, rect.offset, flat_tensor[part].view(rect.shape), steady)
         for part, rect in shard.fragment(start, flat_tensor.numel())
     ]
 

@@ -43,12 +43,14 @@ class Piece:
     """A rectangle of the global tensor `name` that this rank, and no other, stores.
 
     `tensor` is contiguous, on any device, of the rectangle's shape; its first element is global element `offset`.
+    `steady`: it changes in the optimizer's update alone, so a save in the background need not copy it before.
     """
 
     name: str
     global_shape: Shape
     offset: Shape
     tensor: Tensor
+    steady: bool = False
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> Piece:

@@ -77,6 +77,9 @@ def checkpoint(
     sizes: Annotated[str, typer.Option(help="megabytes of state, such as 10,100,1000")] = "10,30,100,300,1000",
     folder: Annotated[Path, typer.Option(help="on the disk to measure; nothing stays in it")] = Path(),
     rounds: Annotated[int, typer.Option(min=1, help="of each size")] = 5,
+    pass_seconds: Annotated[
+        float, typer.Option(min=0.001, max=3600, help="the work between a save and the next update")
+    ] = 0.5,
     write_to: Annotated[Path | None, typer.Option("--write", help="write a Markdown page of the table")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON with every time instead of a table")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress on standard error")] = False,
@@ -88,12 +91,13 @@ def checkpoint(
     if write_to is not None:
         check_target(write_to, saves.MARK)
     command = f"moetrain bench checkpoint --sizes {','.join(map(str, megabytes))} --rounds {rounds}"
+    command += f" --pass-seconds {pass_seconds:g}"
 
     def tell(what: str) -> None:
         if not quiet:
             typer.echo(what, err=True)
 
-    report = saves.run([n * 10**6 for n in megabytes], folder, rounds, command, tell)
+    report = saves.run([n * 10**6 for n in megabytes], folder, rounds, pass_seconds, command, tell)
     if write_to is not None:
         saves.write(report, write_to)
     if as_json:

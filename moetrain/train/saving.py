@@ -41,7 +41,8 @@ class RunSaver:
         return self._saver.is_over
 
     def save(self, snapshot: Snapshot) -> None:
-        """Save the state of now: on return it may change. Waits for the save before, so there is one at a time.
+        """Save the state of now. On return training may go on; its next update only after `wait_until_copied`. Waits
+        for the save before, so there is one at a time.
 
         Raises:
             CheckpointError: this makes `checkpoint.max_failed_saves` failures in a row.
@@ -55,6 +56,10 @@ class RunSaver:
             self._saver.start(snapshot, waited=time.perf_counter() - begin)
         else:
             self._conclude(self._saver.save(snapshot))
+
+    def wait_until_copied(self) -> None:
+        """Before the optimizer's update: until the save in flight, if any, needs the state no more. Local."""
+        self._saver.wait_until_copied()
 
     def settle(self) -> None:
         """Wait for the save in flight, if any, and tell how it ended. Raises as `save`."""

@@ -28,15 +28,16 @@ _HEAD = _WEIGHT + "head."
 
 
 def collect_pieces(step: TrainStep) -> Iterator[Piece]:
-    """This rank's share of the checkpoint: views of live memory, so write them before the next step."""
+    """This rank's share of the checkpoint: views of live memory. The optimizer's update changes the steady ones, and
+    the next forward pass the others."""
     assert step.optimizer is not None
     for fragment in step.optimizer.fragments():
         if not step.optimizer.stores(fragment.info):
             continue
         shard = ParameterShard.of(fragment.info)
-        yield from pieces_of(shard, _WEIGHT, fragment.master, fragment.start)
-        yield from pieces_of(shard, _EXP_AVG, fragment.exp_avg, fragment.start)
-        yield from pieces_of(shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start)
+        yield from pieces_of(shard, _WEIGHT, fragment.master, fragment.start, steady=True)
+        yield from pieces_of(shard, _EXP_AVG, fragment.exp_avg, fragment.start, steady=True)
+        yield from pieces_of(shard, _EXP_AVG_SQ, fragment.exp_avg_sq, fragment.start, steady=True)
     at = step.groups.coordinates
     if at.tensor == 0 and at.data == 0:
         for name, controller in named_controllers(step.chunks):

@@ -5,7 +5,7 @@ Knows nothing of logging, checkpoints or the loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -98,12 +98,18 @@ class TrainStep:
         self._reported = moe.router.reported if moe else ()
         self._objective = objective_of(config.training.objective, groups.tensor)
 
-    def run(self, microbatches: Sequence[MicroBatch], lr: float) -> StepOutcome:
-        """Train on this data-parallel rank's share of a global batch. Collective over the world."""
+    def run(
+        self, microbatches: Sequence[MicroBatch], lr: float, before_update: Callable[[], None] = lambda: None
+    ) -> StepOutcome:
+        """Train on this data-parallel rank's share of a global batch. Collective over the world.
+
+        `before_update` is called between the backward pass and the optimizer's step.
+        """
         assert self.optimizer is not None
         for chunk in self.chunks:
             chunk.train()
         results = self._forward_backward(microbatches, self._count_labels(microbatches), forward_only=False)
+        before_update()
         result = self.optimizer.step(lr)
         sums = self._reduce(results, len(microbatches), scored=False)
         if not result.skipped:

@@ -96,7 +96,7 @@ class Trainer:
         lr = learning_rate(
             self.config.optimizer.schedule, self.config.optimizer.lr, training.train_iters, self.iteration
         )
-        outcome = self.step.run(microbatches, lr)
+        outcome = self.step.run(microbatches, lr, before_update=self.saver.wait_until_copied)
         seconds = time.perf_counter() - start
         self.iteration += 1
         self.consumed_samples += training.global_batch_size

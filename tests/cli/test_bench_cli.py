@@ -80,12 +80,13 @@ def test_a_file_of_the_users_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_saves_are_measured_and_nothing_stays_on_the_disk(tmp_path: Path) -> None:
-    words = ["bench", "checkpoint", "--sizes", "1,2", "--rounds", "2", "--quiet"]
+    words = ["bench", "checkpoint", "--sizes", "1,2", "--rounds", "2", "--pass-seconds", "0.01", "--quiet"]
     result = run_cli([*words, "--write", "saves.md"], tmp_path)
     assert result.code == 0, result
     assert "stall" in result.stdout and [path.name for path in tmp_path.iterdir()] == ["saves.md"]
     page = (tmp_path / "saves.md").read_text(encoding="utf-8")
-    assert "moetrain bench checkpoint --sizes 1,2 --rounds 2" in page and "| state, MB | stall, s |" in page
+    assert "moetrain bench checkpoint --sizes 1,2 --rounds 2 --pass-seconds 0.01" in page
+    assert "| state, MB | stall, s |" in page
     report = json.loads(run_cli([*words, "--json"], tmp_path).stdout)
     assert [round(one["nbytes"] / 1e6) for one in report["times"]] == [1, 2]
     assert all(len(one["stall"]) == len(one["copy"]) == 2 for one in report["times"])

@@ -8,14 +8,16 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from parity import Layout, layout_of, tiny_config
 
-from moetrain.checkpoint import CheckpointManager, CheckpointReader, TorchDistributed
+from moetrain.checkpoint import CheckpointManager, CheckpointReader, StagedShare, TorchDistributed
 from moetrain.checkpoint.files import Files
 from moetrain.config.schema import RunConfig
 from moetrain.errors import CheckpointError
@@ -52,6 +54,12 @@ class SlowDisk(Files):
     def sync(self, descriptor: int) -> None:
         time.sleep(0.3)
         super().sync(descriptor)
+
+
+def slow_copy(share: StagedShare, finish: Callable[[StagedShare], None] = StagedShare.finish) -> None:
+    """So slow that the next forward and backward passes are over before it begins."""
+    time.sleep(0.5)
+    finish(share)
 
 
 class FullDisk(Files):
@@ -130,12 +138,14 @@ def observe(folder: Path) -> dict[str, Any]:
         return train(groups, DP2, folder / name, files, stop_at, checkpoint=every_other | checkpoint, **changes)
 
     seen: dict[str, Any] = {}
+    with patch.object(StagedShare, "finish", slow_copy):
+        run("slow copy", Files(), {})
     beside, _ = run("async", SlowDisk(), {})
     seen["steps_beside"] = beside.steps_beside_a_save
     seen["async"] = beside.told
     run("sync", Files(), {"async_save": False})
     dist.barrier()
-    seen["sums"] = {name: sums(folder / name) for name in ("async", "sync")}
+    seen["sums"] = {name: sums(folder / name) for name in ("async", "slow copy", "sync")}
     on_rank_1 = dist.get_rank() == 1
     seen["forgiven"] = run("forgiven", FullDisk(2 if on_rank_1 else 0), {"max_failed_saves": 3})[0].told
     seen["given up"] = run("given-up", FullDisk(99 if on_rank_1 else 0), {"max_failed_saves": 2})[0].told
@@ -160,7 +170,7 @@ def test_saves_beside_training_are_those_in_the_foreground_and_fail_on_all_ranks
     assert first["steps_beside"] > 0, "no step was taken beside a save, so this proves nothing"
     assert [told[1] for told in first["async"] if told[0] == "save"] == [2, 4, 5]
     assert len(first["sums"]["async"]) == 6, "three checkpoints of two ranks"
-    assert first["sums"]["async"] == first["sums"]["sync"]
+    assert first["sums"]["async"] == first["sums"]["slow copy"] == first["sums"]["sync"]
 
     def without_seconds(told: list) -> list:
         return [(*one[:3], *one[4:]) if one[0] == "save" else one for one in told]

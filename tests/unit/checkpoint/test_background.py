@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from moetrain.checkpoint import (
     Piece,
     SingleProcess,
     Snapshot,
+    StagedShare,
     StagingBuffer,
 )
 from moetrain.errors import CheckpointError
@@ -41,22 +44,26 @@ def paused_files(go: threading.Event) -> WatchedFiles:
 
 def test_a_staged_piece_is_what_it_was_when_it_was_staged():
     values = [torch.randint(0, 2, (5, 3)).to(dtype) for dtype in DTYPES] + [torch.tensor(1.5), torch.empty(0, 4)]
-    pieces = [Piece.whole(f"t{number}", value) for number, value in enumerate(values)]
+    pieces = [replace(Piece.whole(f"t{number}", value), steady=number % 2 == 0) for number, value in enumerate(values)]
     before = [value.clone() for value in values]
-    staged = StagingBuffer().stage(iter(pieces))
+    share = StagingBuffer().stage(iter(pieces))
+    for value, piece in zip(values, pieces, strict=True):
+        if not piece.steady:
+            value.zero_()
+    share.finish()
     for value in values:
         value.zero_()
-    for piece, old in zip(staged, before, strict=True):
+    for piece, old in zip(share.pieces, before, strict=True):
         assert piece.tensor.dtype == old.dtype and piece.tensor.shape == old.shape
         assert torch.equal(piece.tensor.reshape(-1).view(torch.uint8), old.reshape(-1).view(torch.uint8))
-    assert [piece.name for piece in staged] == [piece.name for piece in pieces]
+    assert [piece.name for piece in share.pieces] == [piece.name for piece in pieces]
 
 
 def test_the_buffer_is_used_again_and_no_larger_than_the_state():
     buffer, state = StagingBuffer(), torch.ones(1000)
-    first = buffer.stage([Piece.whole("w", state)])[0].tensor.data_ptr()
+    first = buffer.stage([Piece.whole("w", state)]).pieces[0].tensor.data_ptr()
     assert buffer.nbytes == 4032  # whole cache lines
-    assert buffer.stage([Piece.whole("w", state[:10])])[0].tensor.data_ptr() == first
+    assert buffer.stage([Piece.whole("w", state[:10])]).pieces[0].tensor.data_ptr() == first
     assert buffer.nbytes == 4032
 
 
@@ -76,6 +83,43 @@ def test_training_goes_on_and_the_state_of_the_step_is_saved(tmp_path):
         assert reader.consumed_samples == 2
     assert outcome.nbytes == (outcome.path / "shard-00000.safetensors").stat().st_size
     assert 0 < outcome.stall_seconds < outcome.write_seconds
+
+
+def test_steady_pieces_are_copied_beside_training_which_waits_for_them_before_the_update(tmp_path, monkeypatch):
+    go, finish = threading.Event(), StagedShare.finish
+
+    def slow(share: StagedShare) -> None:
+        assert go.wait(30)
+        time.sleep(0.1)
+        finish(share)
+
+    monkeypatch.setattr(StagedShare, "finish", slow)
+    steady, other = torch.arange(100.0), torch.arange(10.0)
+    saver = BackgroundSaver(CheckpointManager(tmp_path, 2, SingleProcess()))
+    saver.wait_until_copied()  # nothing was started: at once
+    pieces = [replace(Piece.whole("steady", steady), steady=True), Piece.whole("other", other)]
+    saver.start(Snapshot(1, 2, pieces, {}, {}, {}))
+    other += 1000.0  # as a forward pass may
+    go.set()
+    saver.wait_until_copied()
+    steady += 1000.0  # as an update does
+    outcome = saver.collect()
+    assert outcome is not None and outcome.error is None and outcome.stall_seconds >= 0.1
+    with CheckpointReader(outcome.path) as reader:
+        assert torch.equal(reader.read("steady"), torch.arange(100.0))
+        assert torch.equal(reader.read("other"), torch.arange(10.0))
+
+
+def test_a_copy_that_fails_beside_training_fails_the_save_and_lets_the_update_go_on(tmp_path, monkeypatch):
+    def fail(share: StagedShare) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(StagedShare, "finish", fail)
+    saver = BackgroundSaver(CheckpointManager(tmp_path, 2, SingleProcess()))
+    saver.start(snapshot(1, torch.ones(5)))
+    saver.wait_until_copied()
+    outcome = saver.collect()
+    assert outcome is not None and "an illegal memory access" in str(outcome.error)
 
 
 def test_background_and_foreground_write_the_same_bytes(tmp_path):

@@ -115,4 +115,4 @@ def test_a_gpu_is_known_by_its_whole_name_or_not_at_all(name: str, teraflops: fl
 def test_a_cpus_peak_is_measured_and_says_so() -> None:
     peak = peak_flops(torch.device("cpu"), torch.float32)
     assert peak.source == "measured"
-    assert 1e9 < peak.value < 1e14
+    assert 1e7 < peak.value < 1e14  # a machine that starves us may take seconds for one product
