@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -230,6 +231,29 @@ class MoetrainRouter(nn.Module):
         return number if config.first_k is None else torch.where(positions == 0, config.first_k, number)
 
 
+class MoetrainMadeMatrix(nn.Linear):
+    """The code of an expert -> a matrix of that expert, and its product with tokens."""
+
+    def __init__(self, hidden: int, rows: int, columns: int) -> None:
+        super().__init__(hidden, rows * columns)
+        self.rows, self.columns = rows, columns
+
+    def forward(self, codes: Tensor, x: Tensor) -> Tensor:
+        """x [t, columns] -> [t, rows], by the matrix of one code [h], or by that of each token's, [t, h].
+
+        In the second case no matrix is made: it is linear in the code, so x meets these weights first and the code
+        afterwards, or where there are more rows than columns their outer product does.
+        """
+        if codes.dim() == 1:
+            return F.linear(x, super().forward(codes).view(self.rows, self.columns))
+        from_bias = F.linear(x, self.bias.view(self.rows, self.columns))
+        if self.rows < self.columns:
+            met = torch.einsum("tc,rch->trh", x, self.weight.view(self.rows, self.columns, -1))
+            return torch.einsum("trh,th->tr", met, codes) + from_bias
+        met = (x[:, :, None] * codes[:, None, :]).flatten(1)
+        return F.linear(met, self.weight.view(self.rows, -1)) + from_bias
+
+
 class MoetrainHyperNetwork(nn.Module):
     """Makes the weights of a small expert from a condition, for `layers` layers from `first` on (HyperMoE, arXiv
     2402.12656)."""
@@ -238,37 +262,28 @@ class MoetrainHyperNetwork(nn.Module):
         super().__init__()
         sizes, width = config.hyper, config.hidden_size
         hidden, bottleneck, place = sizes["hidden"], sizes["bottleneck"], sizes["layer_embedding"]
-        self.first, self.bottleneck = first, bottleneck
+        self.first = first
         self.layer_embedding = nn.Parameter(torch.empty(layers, place)) if place else None
         self.input = nn.Linear(sizes["condition"] + place, hidden)
-        self.down = nn.Linear(hidden, bottleneck * width)
+        self.down = MoetrainMadeMatrix(hidden, bottleneck, width)
         self.down_bias = nn.Linear(hidden, bottleneck)
-        self.up = nn.Linear(hidden, width * bottleneck)
+        self.up = MoetrainMadeMatrix(hidden, width, bottleneck)
         self.up_bias = nn.Linear(hidden, width)
 
-    def encode(self, condition: Tensor, layer: int) -> Tensor:
-        """[sets, c] -> [sets, h]."""
+    def forward(self, condition: Tensor, layer: int, x: Tensor, counts: list[int] | None) -> Tensor:
+        """x [t, d] -> [t, d]. `condition` [sets, c] has that of the first counts[0] tokens, then that of the next
+        counts[1] and so on; without counts one for each token."""
         if self.layer_embedding is not None:
             place = self.layer_embedding[layer - self.first].expand(condition.shape[0], -1)
             condition = torch.cat((condition, place), dim=-1)
-        return F.relu(self.input(condition))
+        codes = F.relu(self.input(condition))
+        if counts is None:
+            return self.expert(codes, x)
+        return torch.cat([self.expert(code, part) for code, part in zip(codes, x.split(counts), strict=True)])
 
-    def expert(self, code: Tensor, x: Tensor) -> Tensor:
-        """The expert that code [h] stands for, on the tokens x [t, d] that share it."""
-        inner = F.linear(x, self.down(code).view(self.bottleneck, -1), self.down_bias(code))
-        return F.linear(F.relu(inner), self.up(code).view(-1, self.bottleneck), self.up_bias(code))
-
-    def expert_per_token(self, codes: Tensor, x: Tensor) -> Tensor:
-        """codes [T, h], x [T, d] -> [T, d], an expert for each token. No expert's weights are made: they are linear in
-        the code, so x meets the network's weights first and the code afterwards."""
-        r, d = self.bottleneck, x.shape[-1]
-        met = torch.einsum("td,rdh->trh", x, self.down.weight.view(r, d, -1))
-        inner = torch.einsum("trh,th->tr", met, codes) + F.linear(x, self.down.bias.view(r, d)) + self.down_bias(codes)
-        inner = F.relu(inner)
-        met = (inner[:, :, None] * codes[:, None, :]).flatten(1)
-        return (
-            F.linear(met, self.up.weight.view(d, -1)) + F.linear(inner, self.up.bias.view(d, r)) + self.up_bias(codes)
-        )
+    def expert(self, codes: Tensor, x: Tensor) -> Tensor:
+        """The expert that a code [h] stands for, on tokens [t, d]; or of codes [t, h], each on its token."""
+        return self.up(codes, F.relu(self.down(codes, x) + self.down_bias(codes))) + self.up_bias(codes)
 
 
 class MoetrainSelection(nn.Module):
@@ -292,8 +307,8 @@ class MoetrainSelection(nn.Module):
         return self.process_out(F.relu(self.process_in(total)))
 
 
-Shared = tuple[MoetrainHyperNetwork | None, MoetrainSelection | None]
-"""What a layer of HyperMoE has from the model and not of its own."""
+Shared = tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]
+"""The hypernetwork and the selection that a layer of HyperMoE has from the model and not of its own."""
 
 
 class MoetrainHyper(nn.Module):
@@ -325,21 +340,23 @@ class MoetrainHyper(nn.Module):
         """Weights are made once per distinct selected set; not at all where every token has a condition of its own."""
         network = shared[0] if shared[0] is not None else self.network
         selection = shared[1] if shared[1] is not None else self.selection
+
+        def expert(weights: Tensor, x: Tensor, counts: list[int] | None) -> Tensor:
+            return network(selection(weights), self.layer_idx, x, counts).to(x.device)
+
         if self.choices["condition_on"] == "constant":
-            return network.expert(network.encode(selection(selected[:1]), self.layer_idx)[0], x)
+            return expert(selected[:1], x, [len(x)])
         if self.choices["aggregation"] == "prob":
             mass = probabilities.detach() * self.aggregated(selected)
             weights = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
-            return network.expert_per_token(network.encode(selection(weights), self.layer_idx), x)
+            return expert(weights, x, None)
         sets, set_of_token = selected.unique(dim=0, return_inverse=True)
         weights = self.aggregated(sets).float()
         if self.choices["aggregation"] == "mean":
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        codes = network.encode(selection(weights), self.layer_idx)
         order = set_of_token.argsort(stable=True)
         counts = set_of_token.bincount(minlength=len(sets)).tolist()
-        rows = [network.expert(code, part) for code, part in zip(codes, x[order].split(counts), strict=True)]
-        return torch.empty_like(x).index_copy(0, order, torch.cat(rows))
+        return torch.empty_like(x).index_copy(0, order, expert(weights, x[order], counts))
 
     def aggregated(self, selected: Tensor) -> Tensor:
         """Whose embeddings make the condition."""
@@ -460,11 +477,13 @@ class MoetrainModel(MoetrainPreTrainedModel):
             self.selection_embedding = MoetrainSelection(config)
 
     def _shared(self, layer: int) -> Shared:
-        """What this layer does not have of its own."""
+        """What this layer does not have of its own. Not as modules: accelerate moves every argument that has a `to`
+        to the layer's device, and these may lie elsewhere."""
         network = getattr(self, "hypernetwork", None)
         if hasattr(self, "hypernetworks"):
             network = self.hypernetworks[layer * len(self.hypernetworks) // self.config.num_hidden_layers]
-        return network, getattr(self, "selection_embedding", None)
+        selection = getattr(self, "selection_embedding", None)
+        return None if network is None else partial(network), None if selection is None else partial(selection)
 
     def forward(
         self,
