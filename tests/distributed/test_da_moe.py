@@ -44,7 +44,7 @@ PAPER = {
 
 def config_of(layout: Layout, router: dict, **changes: object) -> RunConfig:
     # Larger epsilon: below it Adam makes whole steps of gradients that are nothing but rounding (2e-5 of the
-    # hypernetwork's smallest head at 1e-6).
+    # hypernetwork's smallest head at 1e-6). The gradients themselves: test_gradient_parity.py.
     changes = {"optimizer__eps": 1e-5, **changes}
     return tiny_config(layout, 1, model__moe__router={"type": "da_moe", "mean_k": 2.0, **router}, **changes)
 
