@@ -152,7 +152,7 @@ class _Own(Architecture):
                 refuse(name, flat.get(name), f"{written[name]}, which the other fields make it")
         for name in flat:
             if name.partition(".")[0] in _GROUPS and "." in name and name not in written:
-                refuse(name, flat[name], "no such field")
+                refuse(name, flat[name], "no such field here")
         return model
 
     def write_config(self, model: ModelConfig) -> dict[str, Any]:
