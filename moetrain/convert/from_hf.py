@@ -16,26 +16,34 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from moetrain.checkpoint.files import OS_FILES
 from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.checkpoint.store import Piece
+from moetrain.config.hypernetworks import moe_layers
 from moetrain.config.loader import config_from_dict
 from moetrain.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from moetrain.config.size import parameter_shapes
 from moetrain.config.yaml_tree import write_yaml
+from moetrain.convert import hf_modeling
 from moetrain.convert.architectures import Architecture, architecture_of
+from moetrain.convert.architectures.moetrain import MOETRAIN
+from moetrain.convert.hf import MODELING_FILES
 from moetrain.convert.hf_folder import HFFolder
+from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM
 from moetrain.convert.hidden_states import StatesReport, compare_states
-from moetrain.convert.mapping import ParamMap, Shape, check_tensors, read_whole
+from moetrain.convert.mapping import Link, ParamMap, Shape, check_tensors, read_whole
 from moetrain.convert.step_folder import write_step_folder
 from moetrain.convert.t5_tokenizer import FILE as T5_FILE
 from moetrain.convert.t5_tokenizer import with_sentinels
 from moetrain.convert.tokenizer import COPIED
+from moetrain.convert.training_record import KEY, read_record
 from moetrain.convert.verify import LogitsReport, compare_logits, hf_logits
 from moetrain.convert.whole_folder import appearing_whole, refuse_full_disk, refuse_nonempty
 from moetrain.data.tokenizers import load_tokenizer
 from moetrain.errors import ConversionError, DataError
+from moetrain.moe.losses import balanced_load
 
 CONFIG = "config.yaml"
 SENTENCEPIECE = "tokenizer.model"
@@ -91,7 +99,8 @@ def import_hf(
     source = HFFolder(folder)
     architecture = architecture_of(source.config)
     model = architecture.read_config(source.config)
-    notes = list(architecture.notes(source.config))
+    record, unread = read_record(source)
+    notes = [*architecture.notes(source.config), *_foreign_code(source, architecture), *unread]
     if dropped is not None:
         model = _with_dropped(model, architecture, dropped)
     _refuse_absurd_sizes(model)
@@ -114,8 +123,10 @@ def import_hf(
             extra: dict[str, Any] = {"imported_from": {"folder": str(folder), "architecture": architecture.name}}
             if fingerprint is not None:
                 extra["tokenizer"] = fingerprint
+            if record is not None:
+                extra[KEY] = record.model_dump()
             write_step_folder(draft, _pieces(param_map, weights, model), run, "imported", extra)
-            proof = _compare(folder, draft, model) if verify else None
+            proof = _compare(folder, draft, architecture, model) if verify else None
         OS_FILES.sync_folder(out.absolute().parent)
     except OSError as error:
         raise ConversionError(f"importing to {out} failed: {error}") from error
@@ -132,6 +143,13 @@ def _with_dropped(model: ModelConfig, architecture: Architecture, dropped: Dropp
         )
     capacity = model.moe.capacity.model_copy(update={"dropped": dropped})
     return model.model_copy(update={"moe": model.moe.model_copy(update={"capacity": capacity})})
+
+
+def _foreign_code(source: HFFolder, architecture: Architecture) -> Iterator[str]:
+    """A note for each modelling file that is not this version's own."""
+    for name in MODELING_FILES if architecture is MOETRAIN else ():
+        if source.has(name) and (source.folder / name).read_bytes() != Path(hf_modeling.__path__[0], name).read_bytes():
+            yield f"{name} is not this version's own; it was not run, and the model is taken for one of ours"
 
 
 class _Weights:
@@ -188,7 +206,24 @@ def _pieces(param_map: ParamMap, weights: _Weights, model: ModelConfig) -> Itera
     parameters = {name for name, _ in parameter_shapes(model)}
     for link, block in param_map.blocks(weights):
         prefix = "weight." if link.ours in parameters else "controller."
+        if prefix == "controller.":
+            _refuse_stuck(link, block)
         yield Piece(prefix + link.ours, link.full_shape, link.offset, block.contiguous())
+    if model.moe is not None and model.moe.aux_loss == "global_batch":  # what a new run begins with
+        for layer in moe_layers(model):
+            yield Piece.whole(f"controller.decoder.layers.{layer}.mlp.losses.load", balanced_load(model.moe))
+
+
+def _refuse_stuck(link: Link, controller: Tensor) -> None:
+    """A controller moves by what it is, so one that is no number would stay that for ever, and no loss would tell.
+
+    A threshold of minus infinity is one that every token exceeds, as all do where `mean_k` is `max_k`.
+    """
+    legal = controller.isfinite()
+    if link.ours.endswith((".thresholds", ".offsets")):
+        legal |= controller == -math.inf
+    if not legal.all():
+        raise ConversionError(f"{link.theirs[0]} holds {controller[~legal][0].item()}; a controller must be finite")
 
 
 # --- the run to come ------------------------------------------------------------------------------------------------
@@ -271,13 +306,17 @@ def _yaml(run: RunConfig) -> str:
 # --- the proof ------------------------------------------------------------------------------------------------------
 
 
-def _compare(folder: Path, draft: Path, model: ModelConfig, sequences: int = 2) -> LogitsReport | StatesReport:
+def _compare(
+    folder: Path, draft: Path, architecture: Architecture, model: ModelConfig, sequences: int = 2
+) -> LogitsReport | StatesReport:
     if model.type == "encoder":
         return compare_states(folder, draft)
     from moetrain.model.reference_logits import megatron_logits  # imports Megatron: seconds that others need not pay
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (sequences, min(128, model.seq_length)), generator=generator)
-    theirs = hf_logits(folder, tokens, trust_remote_code=False)
+    # Our own architecture by the modelling code of this installation, never by that of the folder.
+    loader = MoetrainForCausalLM if architecture is MOETRAIN else AutoModelForCausalLM
+    theirs = hf_logits(folder, tokens, trust_remote_code=False, loader=loader)
     with CheckpointReader(draft) as reader:
         return compare_logits(megatron_logits(reader, tokens), theirs, TOLERANCE)

@@ -25,12 +25,14 @@ from transformers import GenerationConfig
 from moetrain.config.schema import ModelConfig, RunConfig
 from moetrain.convert import hf_modeling
 from moetrain.convert.architectures import STOCK
-from moetrain.convert.architectures.moetrain import RULES
-from moetrain.convert.hf_config import hf_config, run_config
+from moetrain.convert.architectures.moetrain import MOETRAIN, RULES
+from moetrain.convert.hf_config import own_config, run_config
 from moetrain.convert.mapping import TRAINING_ONLY, ParamMap, Rule, Shape, check_tensors
 from moetrain.convert.model_card import model_card
 from moetrain.convert.resumable_folder import Draft, draft_of, growing_folder
 from moetrain.convert.tokenizer import TokenizerFacts, named_tokenizer, write_tokenizer
+from moetrain.convert.training_record import FILE as RECORD
+from moetrain.convert.training_record import record_of
 from moetrain.convert.weight_file import Entry, write_weight_file
 from moetrain.convert.whole_folder import refuse_full_disk, refuse_nonempty
 from moetrain.errors import ConversionError
@@ -38,7 +40,7 @@ from moetrain.errors import ConversionError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODELING_FILES = ("configuration_moetrain.py", "modeling_moetrain.py")
 INDEX = "model.safetensors.index.json"
-AUTO, OWN = "auto", "moetrain"
+AUTO, OWN = "auto", MOETRAIN.name
 ARCHITECTURES = (AUTO, OWN, *STOCK)
 BUFFERS = 64_000_000
 
@@ -57,6 +59,12 @@ class Checkpoint(Protocol):
     @property
     def consumed_samples(self) -> int: ...
 
+    @property
+    def layout(self) -> dict[str, Any]: ...
+
+    @property
+    def extra(self) -> dict[str, Any]: ...
+
     def names(self) -> Iterable[str]: ...
 
     def shape(self, name: str) -> Shape: ...
@@ -67,8 +75,7 @@ class Checkpoint(Protocol):
 class ModelWeights:
     """A checkpoint's parameters and routers' controllers under their own names.
 
-    Left out is what only training needs: optimizer and random states, what only moves a controller, and the loads that
-    a balance loss remembers.
+    Left out are optimizer and random states, and the loads that a balance loss remembers.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -120,7 +127,8 @@ def export_hf(
     check: Callable[[Path], None] | None = None,
     announce: Callable[[str], None] = log.info,
 ) -> ExportReport:
-    """Write `out`: weights, config, tokenizer, model card, and modelling files where the architecture is our own.
+    """Write `out`: weights, config, tokenizer, model card, the training's facts, and modelling files where the
+    architecture is our own.
 
     `dtype` is "float32" or "bfloat16" (thresholds and biases of a router stay fp32); `max_shard_size` is like "500MB";
     only a tensor that alone is larger may exceed it. `tokenizer` is a SentencePiece .model, a tokenizer.json or its
@@ -152,10 +160,7 @@ def export_hf(
         _refuse_large_vocabulary(facts, plan.run)
         _write_weights(plan, weights, draft)
         _write_configs(plan, dtype, facts, draft.folder)
-        card = model_card(
-            plan.run, checkpoint.step, checkpoint.consumed_samples, plan.parameters, dtype, plan.form.own_code
-        )
-        (draft.folder / "README.md").write_text(card, encoding="utf-8")
+        _write_history(checkpoint, plan, dtype, draft.folder)
         if check is not None:
             check(draft.folder)
     return ExportReport(
@@ -175,8 +180,7 @@ def export_hf(
 
 @dataclass(frozen=True)
 class _Form:
-    """The architecture of an export. `config` is its config.json without tokenizer ids and dtype; our own
-    architecture has a class for that."""
+    """The architecture of an export. `config` is its config.json without tokenizer ids and dtype."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -241,8 +245,7 @@ def _form(model: ModelConfig, wanted: str) -> _Form:
         except ConversionError:
             if wanted == name:
                 raise
-    hf_config(model)  # refuses what the modelling code does not compute
-    return _Form(OWN, RULES, {})
+    return _Form(OWN, RULES, own_config(model))
 
 
 def _size(text: str) -> int:
@@ -305,18 +308,21 @@ def _tensors(param_map: ParamMap, weights: ModelWeights, entries: list[Entry]) -
 
 def _write_configs(plan: _Plan, dtype: str, facts: TokenizerFacts, folder: Path) -> None:
     ids = {"bos_token_id": facts.bos_id, "eos_token_id": facts.eos_id, "pad_token_id": facts.pad_id}
+    config = plan.form.config | ids | {"torch_dtype": dtype, "use_cache": True}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if plan.form.own_code:
-        config = hf_config(plan.run.model)
-        config.dtype = dtype
-        for name, value in ids.items():
-            setattr(config, name, value)
-        config.to_json_file(folder / "config.json")
         for name in MODELING_FILES:
             shutil.copyfile(Path(hf_modeling.__path__[0]) / name, folder / name)
-    else:
-        config = plan.form.config | ids | {"torch_dtype": dtype, "use_cache": True}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _write_history(checkpoint: Checkpoint, plan: _Plan, dtype: str, folder: Path) -> None:
+    record = record_of(plan.run, checkpoint.step, checkpoint.consumed_samples, checkpoint.layout, checkpoint.extra)
+    if record is not None:
+        (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
+    name = plan.run.run.name if record is None else record.name
+    card = model_card(name, plan.run.model, record, dtype, plan.form.own_code)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

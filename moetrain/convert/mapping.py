@@ -28,12 +28,8 @@ from moetrain.errors import ConversionError
 
 Shape = tuple[int, ...]
 
-TRAINING_ONLY = (
-    *(f".mlp.router.{name}" for name in ("quartiles", "offsets", "visits", "threshold")),
-    ".mlp.losses.load",
-)
-"""Controllers from which training makes the thresholds, and the loads that a balance loss remembers. A finished model
-has no use for them."""
+TRAINING_ONLY = (".mlp.losses.load",)
+"""Controllers that stay behind: the loads of one step, which a balance loss remembers until the next."""
 
 
 class WeightSource(Protocol):
@@ -146,7 +142,7 @@ def _pattern(ours: str) -> re.Pattern[str]:
 
 
 def model_tensors(model: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of all that a finished model computes with: weights, and controllers that a router looks at."""
+    """Name and shape of all that a model is: weights, and its routers' controllers with what they are made from."""
     for name, shape in parameter_shapes(model):
         yield name, shape
         if name.endswith(".router.weight"):
@@ -158,7 +154,9 @@ def _controllers(model: ModelConfig) -> Iterator[tuple[str, Shape]]:
     assert model.moe is not None
     match model.moe.router:
         case DAMoERouterConfig() as router if router.has_thresholds:
-            yield "thresholds", (router.position_buckets, len(model.moe.selectable) - 1)
+            buckets, number = router.position_buckets, len(model.moe.selectable) - 1
+            yield from (("thresholds", (buckets, number)), ("quartiles", (buckets, 2)), ("offsets", (buckets, number)))
+            yield from (("visits", (buckets,)), ("threshold", ()))
         case ExpertBiasRouterConfig():
             yield "bias", (model.moe.num_choices,)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ class LogitsReport:
     positions: int
 
 
-def hf_logits(folder: Path, tokens: Tensor, trust_remote_code: bool = True) -> Tensor:
+def hf_logits(
+    folder: Path, tokens: Tensor, trust_remote_code: bool = True, loader: Any = AutoModelForCausalLM
+) -> Tensor:
     """Logits, fp32 [b, s, V], of an exported folder for tokens, int64 [b, s]. Computed on CPU in fp32, offline.
 
-    With `trust_remote_code` it runs the folder's own Python files, as any user of our exports does.
+    With `trust_remote_code` it runs the folder's own Python files, as any user of our exports does. `loader` is the
+    class that loads it.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    model = loader.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True, dtype=torch.float32
     )
     with torch.no_grad():

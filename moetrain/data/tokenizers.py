@@ -84,11 +84,14 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, run by the `tokenizers` package."""
 
     def __init__(self, model: bytes, named: dict[str, Any], where: str = "<bytes>") -> None:
-        """`named` gives the tokens of a tokenizer_config.json by role: eos_token, bos_token, pad_token, mask_token."""
+        """`named` is a tokenizer_config.json: tokens by role (eos_token, bos_token, pad_token, mask_token), and whether
+        their names in a text are text (split_special_tokens)."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # the package raises nothing more precise
             raise DataError(f"tokenizer {where}: not a tokenizer.json, or a damaged one ({error})") from None
+        # A tokenizer.json cannot say this itself: "</s>" in a text is five letters, not the end of the document.
+        self._tokenizer.encode_special_tokens = named.get("split_special_tokens") is True
         self.fingerprint = hashlib.sha256(model).hexdigest()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:

@@ -24,6 +24,7 @@ from moetrain.data.loader import BatchLoader, MicroBatch, SampleDataset
 from moetrain.errors import CheckpointError, MoetrainError
 from moetrain.optim.schedules import learning_rate
 from moetrain.runtime.preemption import StopRequest
+from moetrain.runtime.versions import software_versions
 from moetrain.train.callback import Callback
 from moetrain.train.data import RunData
 from moetrain.train.evaluation import summarize
@@ -55,6 +56,7 @@ class Trainer:
         self.skipped_total = self._skipped_in_a_row = 0
         self.saver = RunSaver(checkpoints, config.checkpoint, log, lambda report: self._call("on_checkpoint", report))
         self._evaluation: EvalReport | None = None
+        self._loss = math.nan
         self._stop = StopRequest(self.run_dir, poll_file=self.rank == 0)
 
     def fit(self) -> None:
@@ -100,6 +102,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.iteration += 1
         self.consumed_samples += training.global_batch_size
+        self._loss = outcome.loss
         self._count_skipped(outcome)
         tokens = training.global_batch_size * self.config.model.seq_length
         self.throughput.update(tokens, seconds)
@@ -162,7 +165,10 @@ class Trainer:
             "tokenizer": self.data.tokenizer_fingerprint,
             "optimizer_steps": self.iteration - self.skipped_total,
             "skipped_steps": self.skipped_total,
+            "versions": software_versions(),
         }
+        if math.isfinite(self._loss):
+            extra["loss"] = self._loss
         if self._evaluation is not None and math.isfinite(self._evaluation.loss):  # what checkpoint.keep_best reads
             extra["evaluation"] = {"iteration": self._evaluation.iteration, "loss": self._evaluation.loss}
         return Snapshot(

@@ -1,7 +1,7 @@
 """One table per architecture that checkpoints are converted to or from.
 
-`STOCK` lists those of `transformers` that are read and written, `READ` also those that are only read. `moetrain.py` is
-our own, whose modelling files travel with an export.
+`STOCK` lists those of `transformers` that are read and written; `READ` has also one that is only read, and our own,
+whose modelling files travel with an export.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from moetrain.convert.architectures.base import Architecture, Config
 from moetrain.convert.architectures.dots1 import DOTS1
 from moetrain.convert.architectures.llama import LLAMA
 from moetrain.convert.architectures.mixtral import MIXTRAL
+from moetrain.convert.architectures.moetrain import MOETRAIN
 from moetrain.convert.architectures.olmoe import OLMOE
 from moetrain.convert.architectures.qwen2 import QWEN2
 from moetrain.convert.architectures.qwen3 import QWEN3
@@ -22,13 +23,12 @@ __all__ = ["READ", "STOCK", "Architecture", "architecture_of"]
 STOCK: dict[str, Architecture] = {
     architecture.name: architecture for architecture in (MIXTRAL, QWEN3_MOE, OLMOE, DOTS1, LLAMA, QWEN2, QWEN3)
 }
-READ: dict[str, Architecture] = STOCK | {SWITCH.name: SWITCH}
+READ: dict[str, Architecture] = STOCK | {architecture.name: architecture for architecture in (SWITCH, MOETRAIN)}
 
 _LATENT = "its multi-head latent attention is not computed here; of DeepSeek-V3's kind dots1 has ordinary attention"
 _KNOWN_OTHERS = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "moetrain": "an export lacks what training needs; start from the checkpoint that it was made of",
     "qwen2_moe": "its shared expert has a gate of its own",
     "glm4_moe": "its rotary positions cover half of each head",
 }

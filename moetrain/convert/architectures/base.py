@@ -7,7 +7,7 @@ another model than ours, the architecture does not fit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -37,7 +37,7 @@ class Field:
         theirs: names that config.json may have for it; the first one is written.
         ours: its dotted path in `ModelConfig`.
         default: what `transformers` takes where it is absent.
-        kind: its type, of both sides; nullable: whether null stands for a default of ours.
+        kind: its type, of both sides; nullable: whether null stands for a default of ours; least: of whole numbers.
         words: their values and ours, where they differ.
     """
 
@@ -47,6 +47,7 @@ class Field:
     kind: type = int
     nullable: bool = False
     words: Mapping[Any, Any] | None = None
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Architecture:
     Attributes:
         name: `model_type` in config.json; class_names: the model classes. The first one is written.
         spellings: tables of names. The first one is written; all are read, because a file may hold fused experts.
-        rope_theta: base of the rotary positions where config.json has none; None: it has no rotary positions.
+        rope_theta: base of the rotary positions where config.json has none; None: it has no rotary positions, or a
+            field of its own for them.
         implies: settings of ours that the architecture always has, by dotted path.
         complete: adds to our settings (a tree) what no field can say, from their config.
         express: the same the other way, into their config.
@@ -73,6 +75,8 @@ class Architecture:
         ignored: patterns of tensors that say nothing, with `{i}` for a number.
         unused: prefixes of tensors that stay behind, because we have no place for their part of the model.
         tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
+        auto_map: our own modelling files, which an export carries because transformers lacks the architecture. Reading
+            never follows it.
     """
 
     name: str
@@ -87,20 +91,17 @@ class Architecture:
     ignored: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
     unused: tuple[str, ...] = ()
     tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
+    auto_map: Mapping[str, str] | None = None
 
     def read_config(self, config: Config) -> ModelConfig:
         """The model that a config.json describes. ConversionError for the first thing that we do not compute."""
-        _refuse_foreign_code(config, self.class_names)
+        _refuse_foreign_code(config, self)
         tree: dict[str, Any] = {}
-        for field in self.fields:
-            if isinstance(field, Fixed):
-                _require_legal(config, field)
-            else:
-                _put(tree, field.ours, value_of(config, field))
+        put_fields(config, self.fields, tree)
         if self.rope_theta is not None:
             tree["rotary_base"] = _rotary_base(config, self.rope_theta)
         for path, value in self.implies.items():
-            _put(tree, path, value)
+            put(tree, path, value)
         self.complete(config, tree)
         if tree["kv_channels"] is not None and tree["kv_channels"] * tree["num_attention_heads"] == tree["hidden_size"]:
             tree["kv_channels"] = None  # as where nobody sets it
@@ -113,17 +114,21 @@ class Architecture:
     def write_config(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model. ConversionError, with the settings, where the architecture does not fit it."""
         _refuse_other_blocks(model, self.name)
-        config: dict[str, Any] = {"model_type": self.name, "architectures": [self.class_names[0]]}
-        for field in self.fields:
-            if isinstance(field, Fixed):
-                config[field.theirs] = field.legal[0]
-            else:
-                config[field.theirs[0]] = _their_word(_get(model, field.ours), field, self.name)
-        # Both transformers 4 and 5 read this spelling; 4 would not see `rope_parameters`, and take its default.
-        config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
-        self.express(model, config)
+        config = self.written(model)
         if different := self._differences(model, config):
             raise ConversionError(f"{self.name} does not fit this model: {'; '.join(different)}")
+        return config
+
+    def written(self, model: ModelConfig) -> dict[str, Any]:
+        """The config.json of a model, whether or not it fits."""
+        config: dict[str, Any] = {"model_type": self.name, "architectures": [self.class_names[0]]}
+        config |= words_of(model, self.fields, self.name)
+        if self.auto_map is not None:
+            config["auto_map"] = dict(self.auto_map)
+        if self.rope_theta is not None:
+            # Both transformers 4 and 5 read this spelling; 4 would not see `rope_parameters`, and take its default.
+            config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
+        self.express(model, config)
         return config
 
     def _differences(self, model: ModelConfig, config: Config) -> list[str]:
@@ -145,6 +150,7 @@ def _function_of(model: ModelConfig) -> dict[str, Any]:
     if all(moe["layer_freq"]):
         del tree["ffn_hidden_size"]  # of dense layers
     router = moe["router"]
+    router.pop("allow_noncausal", None)  # a permission; a decoder that makes use of it differs in its importance
     if "groups" in router and router["top_groups"] in (None, router["groups"]):
         for name in ("groups", "top_groups", "group_score"):
             del router[name]
@@ -159,8 +165,18 @@ def refuse(name: str, value: Any, legal: str) -> NoReturn:
     raise ConversionError(f"config.json: {name} is {json.dumps(value)[:200]}, which we do not compute; legal: {legal}")
 
 
-def _refuse_foreign_code(config: Config, class_names: tuple[str, ...]) -> None:
-    if config.get("auto_map"):
+def put_fields(config: Config, fields: Iterable[Field | Fixed], tree: dict[str, Any]) -> None:
+    """Read some fields into our settings. ConversionError for a value that we do not compute."""
+    for field in fields:
+        if isinstance(field, Fixed):
+            _require_legal(config, field)
+        else:
+            put(tree, field.ours, value_of(config, field))
+
+
+def _refuse_foreign_code(config: Config, architecture: Architecture) -> None:
+    class_names = architecture.class_names
+    if config.get("auto_map") and architecture.auto_map is None:
         raise ConversionError("config.json: auto_map names Python code of the folder's own; only stock models are read")
     if config.get("quantization_config"):
         raise ConversionError("config.json: quantization_config: quantized weights are not read; legal: none")
@@ -197,8 +213,8 @@ def value_of(config: Config, field: Field) -> Any:
     if type(value) is not field.kind:
         refuse(field.theirs[0], value, f"a value of type {field.kind.__name__}")
     most = _LIMITS.get(field.ours, _MAX_INT)
-    if type(value) is int and not 1 <= value <= most:
-        refuse(field.theirs[0], value, f"1 to {most}")
+    if type(value) is int and not field.least <= value <= most:
+        refuse(field.theirs[0], value, f"{field.least} to {most}")
     return value
 
 
@@ -221,7 +237,8 @@ def _rotary_base(config: Config, default: float) -> Any:
     return float(theta)
 
 
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path."""
     *parents, last = path.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
@@ -229,6 +246,17 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
+
+
+def words_of(model: ModelConfig, fields: Iterable[Field | Fixed], architecture: str) -> dict[str, Any]:
+    """Some fields of a model's config.json."""
+    config: dict[str, Any] = {}
+    for field in fields:
+        if isinstance(field, Fixed):
+            config[field.theirs] = field.legal[0]
+        else:
+            config[field.theirs[0]] = _their_word(_get(model, field.ours), field, architecture)
+    return config
 
 
 def _refuse_other_blocks(model: ModelConfig, architecture: str) -> None:

@@ -48,6 +48,8 @@ class MoetrainConfig(PretrainedConfig):
             weighted by renormalized router probabilities), `sharing` of the hypernetwork (by the `model`, by each of
             `stages` equal groups of layers, or none: `layer`), `embeddings` (each `layer`'s, or the `model`'s),
             `coefficient` (`one` or `selected_probability`).
+        pretraining: what moetrain trained with and goes on with (`moetrain convert from-hf`); nothing here reads it.
+        format_version: of this configuration; raised when a new field changes what is computed.
     """
 
     model_type = "moetrain"
@@ -83,6 +85,8 @@ class MoetrainConfig(PretrainedConfig):
         min_k: int = 1,
         max_k: int | None = None,
         hyper: dict[str, Any] | None = None,
+        pretraining: dict[str, Any] | None = None,
+        format_version: int = 1,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -114,6 +118,8 @@ class MoetrainConfig(PretrainedConfig):
         self.min_k = min_k
         self.max_k = max_k or num_experts
         self.hyper = hyper
+        self.pretraining = pretraining
+        self.format_version = format_version
         self._check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

@@ -2,8 +2,8 @@
 
 Every routing decision of a token depends on that token's hidden state and row of the attention matrix alone, so
 decoding with a cache, a full forward pass and left-padded batches route every token alike. Fine-tuning here optimizes
-the language-model loss; the balance losses and controllers of pretraining are not part of this file (`thresholds` stay
-as trained).
+the language-model loss; the balance losses and controllers of pretraining are not part of this file: `thresholds`, and
+the state from which pretraining would move them, stay as trained.
 
 Shape letters: b batch, s query tokens, n key tokens, h heads, T = b * s tokens, d width, E experts, r bottleneck.
 """
@@ -184,8 +184,12 @@ class MoetrainRouter(nn.Module):
         if config.router_type == "da_moe" and config.importance == "predicted":
             self.predictor = nn.Parameter(torch.empty(config.hidden_size))
         if config.has_thresholds:
-            shape = (config.position_buckets, config.max_k - config.min_k)
-            self.register_buffer("thresholds", torch.zeros(shape, dtype=torch.float32))
+            buckets, number = config.position_buckets, config.max_k - config.min_k
+            self.register_buffer("thresholds", torch.zeros(buckets, number, dtype=torch.float32))
+            # Where pretraining goes on from (`moetrain convert from-hf`). Nothing here reads these.
+            state = {"quartiles": (buckets, 2), "offsets": (buckets, number), "visits": (buckets,), "threshold": ()}
+            for name, shape in state.items():
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
     def forward(self, x: Tensor, importance: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, d], importance [T] or None, positions [T] -> gates fp32 [T, E] (0 where not selected), selected bool
@@ -203,10 +207,11 @@ class MoetrainRouter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves of the module (`.to`, `.half`) take the thresholds along; rounded ones would change the budgets."""
-        kept = getattr(self, "thresholds", None)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if kept is not None and self.thresholds.dtype != kept.dtype:
-            self.thresholds = kept.to(self.thresholds.device)
+        for name, kept in before.items():
+            if getattr(self, name).dtype != kept.dtype:
+                setattr(self, name, kept.to(getattr(self, name).device))
         return self
 
     def _budget(self, x: Tensor, importance: Tensor | None, positions: Tensor) -> Tensor:
@@ -442,8 +447,8 @@ class MoetrainPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if hasattr(module, "predictor"):
                 nn.init.normal_(module.predictor, std=std)
-            if hasattr(module, "thresholds"):
-                nn.init.zeros_(module.thresholds)
+            for buffer in module.buffers(recurse=False):
+                nn.init.zeros_(buffer)
         elif isinstance(module, MoetrainSelection):
             nn.init.normal_(module.constant if hasattr(module, "constant") else module.expert_embedding)
         elif isinstance(module, MoetrainHyperNetwork) and module.layer_embedding is not None:

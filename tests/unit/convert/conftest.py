@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint import Manifest, Piece, save_shard
 from moetrain.config.schema import ModelConfig
 from moetrain.convert.architectures.moetrain import RULES
-from moetrain.convert.hf import hf_config
+from moetrain.convert.hf_config import hf_config
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM
 from moetrain.convert.mapping import ParamMap
+from moetrain.data.train_tokenizer import train_sentencepiece
 
+TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "def f(x):",
+    "    return x + 1",
+    "pack my box with five dozen jugs",
+]
+LAYOUT = {"description": "4 ranks = tensor 2 x data 2 x pipeline 1", "zero_stage": 1}
+EXTRA = {
+    "skipped_steps": 3,
+    "loss": 3.25,
+    "evaluation": {"iteration": 10, "loss": 3.5},
+    "versions": {"moetrain": "0.1.0", "torch": "2.13.0"},
+}
+CONTROLLERS = ("thresholds", "quartiles", "offsets", "visits", "threshold")
 HYPER = {"bottleneck": 3, "hidden": 7, "expert_embedding": 5, "process": 6, "condition": 4, "layer_embedding": 2}
 HYPER_VARIANTS: dict[str, dict] = {
     "selected-layer": {"condition_on": "selected", "aggregation": "sum", "sharing": "layer"},
@@ -97,6 +115,10 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
             router = model.moe.router
             middle = {"row_max": 1.0, "row_entropy": 1.0, "predicted": 0.0}.get(router.importance, -0.7)
             weights[name] = ((-middle if router.direction == "low" else middle) + 0.7 * noise).sort(-1).values
+        elif name.endswith("router.quartiles"):
+            weights[name] = noise.sort(-1).values
+        elif name.endswith("router.visits"):
+            weights[name] = (10 * noise).abs().round()
         elif name.endswith("router.predictor"):
             weights[name] = noise / shape[0] ** 0.5
         elif len(shape) < 2:
@@ -144,6 +166,70 @@ def build() -> Callable[[ModelConfig, dict[str, Tensor]], MoetrainForCausalLM]:
         return network
 
     return from_weights
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 300 pieces."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(TEXT * 4, folder / "small", 300, "bpe")
+    return folder / "small.model"
+
+
+@pytest.fixture(scope="session")
+def write_run(
+    sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[ModelConfig, str], Path]:
+    """Write a run folder with two committed steps, the way training does."""
+
+    def write(model: ModelConfig, name: str) -> Path:
+        model = model.model_copy(update={"vocab_size": 304})
+        config = {
+            "run": {"dir": "runs/x", "name": name},
+            "model": model.model_dump(mode="json"),
+            "data": {
+                "tokenizer": {"path": str(sentencepiece_model)},
+                "train": [{"path": "/secret/place/corpus_text", "weight": 2.0}],
+            },
+            "training": {"train_iters": 20, "global_batch_size": 4},
+        }
+        root = tmp_path_factory.mktemp("run")
+        for step in (10, 20):
+            folder = root / "checkpoints" / f"step-{step:08d}"
+            folder.mkdir(parents=True)
+            record = save_shard(folder, 0, _pieces(random_weights(model, seed=step)))
+            manifest = Manifest(step, 4 * step, config, LAYOUT, EXTRA, record)
+            (folder / "manifest.json").write_bytes(manifest.to_bytes())
+        (root / "checkpoints" / "latest").write_text("step-00000020\n")
+        return root
+
+    return write
+
+
+def _pieces(weights: dict[str, Tensor]) -> list[Piece]:
+    """Weights, controllers, and the optimizer and random states that an export must pass by."""
+    pieces = [Piece.whole("rng.0", torch.zeros(16, dtype=torch.uint8))]
+    for name, tensor in weights.items():
+        if name.rpartition(".")[2] in CONTROLLERS:
+            pieces.append(Piece.whole(f"controller.{name}", tensor))
+            continue
+        pieces.append(Piece.whole(f"weight.{name}", tensor))
+        pieces.append(Piece.whole(f"optimizer.exp_avg.{name}", torch.zeros_like(tensor)))
+    return pieces
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterable[None]:
+    """transformers copies an export's Python files into a cache that it locates once; keep them out of the user's."""
+    from transformers import dynamic_module_utils
+    from transformers.utils import hub
+
+    cache = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        patch.setattr(hub, "HF_MODULES_CACHE", cache)
+        patch.setattr(sys, "path", [*sys.path, cache])
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
