@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
@@ -14,19 +14,23 @@ if TYPE_CHECKING:
     from moetrain.config.schema import ModelConfig
 
 
+# Wide beyond any use, and narrow enough for logarithms.
+_Sane = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
 class YarnConfig(Section):
     """Rotary positions stretched to more tokens than a model was first trained on (YaRN, arXiv 2309.00071): fast
     rotations stay, slow ones are slowed by `factor`, and attention is sharpened as DeepSeek-V2 does it."""
 
-    factor: float = Field(ge=1.0, description="how many times longer")
+    factor: float = Field(ge=1.0, le=1e6, description="how many times longer")
     original_max_position_embeddings: PositiveInt = Field(description="tokens before stretching")
-    beta_fast: PositiveFloat = Field(default=32.0, description="rotations over those tokens from which a pair is fast")
-    beta_slow: PositiveFloat = Field(default=1.0, description="rotations over those tokens up to which a pair is slow")
-    mscale: PositiveFloat | None = Field(
+    beta_fast: _Sane = Field(default=32.0, description="rotations over those tokens from which a pair is fast")
+    beta_slow: _Sane = Field(default=1.0, description="rotations over those tokens up to which a pair is slow")
+    mscale: _Sane | None = Field(
         default=None,
         description="weight of ln(factor) in what multiplies the rotated dimensions; needs mscale_all_dim to count",
     )
-    mscale_all_dim: PositiveFloat | None = Field(
+    mscale_all_dim: _Sane | None = Field(
         default=None, description="weight of ln(factor) in what multiplies all scores (DeepSeek-V3: 1); absent: nothing"
     )
 

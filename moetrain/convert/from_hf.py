@@ -97,7 +97,8 @@ def import_hf(
     _refuse_absurd_sizes(model)
     weights = _Weights(source, architecture, model)
     if weights.unused:
-        notes.append(f"{weights.unused} tensors stay behind: {', '.join(p + '*' for p in architecture.unused)}")
+        behind = ", ".join(prefix + "*" for prefix in architecture.unused(source.config))
+        notes.append(f"{weights.unused} tensors stay behind: {behind}")
     param_map = _param_map(weights, architecture, model)
     if seq_length is not None:
         model = model.model_copy(update={"seq_length": seq_length})
@@ -147,7 +148,7 @@ class _Weights:
             )
         ignored = [re.compile(re.escape(p).replace(r"\{i\}", r"\d+")) for p in architecture.ignored]
         there = [name for name in source.names() if not any(p.fullmatch(name) for p in ignored)]
-        self._names = [name for name in there if not name.startswith(architecture.unused)]
+        self._names = [name for name in there if not name.startswith(architecture.unused(source.config))]
         self.unused = len(there) - len(self._names)
         if model.share_embeddings_and_output_weights and set(architecture.tied) <= set(self._names):
             embedding, copy = architecture.tied

@@ -19,7 +19,7 @@ from moetrain.testing import run_distributed
 from moetrain.train.setup import build_step
 from moetrain.train.state import restore_weights
 
-KINDS = ("mixtral-wide-heads", "qwen3_moe-dense-layers", "olmoe", "dots1")
+KINDS = ("mixtral-wide-heads", "qwen3_moe-dense-layers", "olmoe", "dots1", "deepseek_v3", "deepseek_v2")
 LAYOUT = next(layout for layout in LAYOUTS if layout.name == "tp2+sp x ep2")
 
 

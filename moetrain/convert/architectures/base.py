@@ -66,12 +66,13 @@ class Architecture:
         name: `model_type` in config.json; class_names: the model classes. The first one is written.
         spellings: tables of names. The first one is written; all are read, because a file may hold fused experts.
         rope_theta: base of the rotary positions where config.json has none; None: it has no rotary positions.
+        yarn: the settings of ours, by dotted path, that its stretched positions (YaRN) become; None: they are refused.
         implies: settings of ours that the architecture always has, by dotted path.
         complete: adds to our settings (a tree) what no field can say, from their config.
         express: the same the other way, into their config.
         notes: what of their config has no counterpart here, in sentences; none of it acts in evaluation.
         ignored: patterns of tensors that say nothing, with `{i}` for a number.
-        unused: prefixes of tensors that stay behind, because we have no place for their part of the model.
+        unused: prefixes, by config, of tensors that stay behind: we have no place for their part of the model.
         tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
     """
 
@@ -85,7 +86,8 @@ class Architecture:
     express: Callable[[ModelConfig, dict[str, Any]], None] = lambda _model, _config: None
     notes: Callable[[Config], tuple[str, ...]] = lambda _config: ()
     ignored: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
-    unused: tuple[str, ...] = ()
+    unused: Callable[[Config], tuple[str, ...]] = lambda _config: ()
+    yarn: str | None = None
     tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
 
     def read_config(self, config: Config) -> ModelConfig:
@@ -98,11 +100,15 @@ class Architecture:
             else:
                 _put(tree, field.ours, value_of(config, field))
         if self.rope_theta is not None:
-            tree["rotary_base"] = _rotary_base(config, self.rope_theta)
+            rope = _rope_of(config, ("default",) if self.yarn is None else ("default", "yarn"))
+            tree["rotary_base"] = _rotary_base(config, rope, self.rope_theta)
+            if self.yarn is not None and _rope_kind(rope) == "yarn":
+                _put(tree, self.yarn, _yarn_settings(rope))
         for path, value in self.implies.items():
             _put(tree, path, value)
         self.complete(config, tree)
-        if tree["kv_channels"] is not None and tree["kv_channels"] * tree["num_attention_heads"] == tree["hidden_size"]:
+        width = tree.get("kv_channels")
+        if width is not None and width * tree["num_attention_heads"] == tree["hidden_size"]:
             tree["kv_channels"] = None  # as where nobody sets it
         try:
             return ModelConfig.model_validate_json(json.dumps(tree), strict=True)
@@ -202,16 +208,33 @@ def value_of(config: Config, field: Field) -> Any:
     return value
 
 
-def _rotary_base(config: Config, default: float) -> Any:
-    """From transformers 5's `rope_parameters`, or 4's `rope_theta`, without any scaling."""
+_YARN = (
+    Field(("factor",), "factor", kind=float),
+    Field(("original_max_position_embeddings",), "original_max_position_embeddings"),
+    Field(("beta_fast",), "beta_fast", default=None, kind=float, nullable=True),
+    Field(("beta_slow",), "beta_slow", default=None, kind=float, nullable=True),
+    Field(("mscale",), "mscale", default=None, kind=float, nullable=True),
+    Field(("mscale_all_dim",), "mscale_all_dim", default=None, kind=float, nullable=True),
+)
+_YARN_FIXED = (Fixed("attention_factor", (None,), default=None), Fixed("truncate", (True,), default=True))
+
+
+def _rope_of(config: Config, kinds: tuple[str, ...]) -> Config:
+    """transformers 5's `rope_parameters`, or 4's `rope_scaling`. ConversionError for another kind than these."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         refuse("rope_parameters", rope, "a mapping with rope_type default and rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        refuse(
-            "rope_parameters" if config.get("rope_parameters") else "rope_scaling", rope, "none, or rope_type default"
-        )
+    if _rope_kind(rope) not in kinds or any(isinstance(value, dict) for value in rope.values()):
+        name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        refuse(name, rope, f"none, or rope_type {', '.join(kinds)}")
+    return rope
+
+
+def _rope_kind(rope: Config) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rotary_base(config: Config, rope: Config, default: float) -> float:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         refuse("partial_rotary_factor", partial, "1")
@@ -219,6 +242,14 @@ def _rotary_base(config: Config, default: float) -> Any:
     if type(theta) not in (int, float) or not 0 < theta < 1e12:
         refuse("rope_theta", theta, "a number above 0")
     return float(theta)
+
+
+def _yarn_settings(rope: Config) -> dict[str, Any]:
+    """Settings that are none, or 0, are those that transformers has a default for."""
+    for field in _YARN_FIXED:
+        _require_legal(rope, field)
+    values = ((field.ours, value_of(rope, field)) for field in _YARN)
+    return {name: value for name, value in values if value}
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
