@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from moetrain.checkpoint.compatibility import model_differences
 from moetrain.config.schema import ModelConfig
+from moetrain.convert.block_scales import has_block_scales
 from moetrain.convert.mapping import Rule
 from moetrain.errors import ConversionError
 
@@ -73,6 +74,8 @@ class Architecture:
         notes: what of their config has no counterpart here, in sentences; none of it acts in evaluation.
         ignored: patterns of tensors that say nothing, with `{i}` for a number.
         unused: prefixes, by config, of tensors that stay behind: we have no place for their part of the model.
+        published_code: what `auto_map` may name: the code that the first models came with, before transformers had it.
+            It is not run.
         tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
     """
 
@@ -88,11 +91,12 @@ class Architecture:
     ignored: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
     unused: Callable[[Config], tuple[str, ...]] = lambda _config: ()
     yarn: str | None = None
+    published_code: tuple[str, ...] = ()
     tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
 
     def read_config(self, config: Config) -> ModelConfig:
         """The model that a config.json describes. ConversionError for the first thing that we do not compute."""
-        _refuse_foreign_code(config, self.class_names)
+        _refuse_foreign_code(config, self.class_names, self.published_code)
         tree: dict[str, Any] = {}
         for field in self.fields:
             if isinstance(field, Fixed):
@@ -165,11 +169,11 @@ def refuse(name: str, value: Any, legal: str) -> NoReturn:
     raise ConversionError(f"config.json: {name} is {json.dumps(value)[:200]}, which we do not compute; legal: {legal}")
 
 
-def _refuse_foreign_code(config: Config, class_names: tuple[str, ...]) -> None:
-    if config.get("auto_map"):
+def _refuse_foreign_code(config: Config, class_names: tuple[str, ...], published: tuple[str, ...]) -> None:
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict) or any(code not in published for code in auto_map.values()):
         raise ConversionError("config.json: auto_map names Python code of the folder's own; only stock models are read")
-    if config.get("quantization_config"):
-        raise ConversionError("config.json: quantization_config: quantized weights are not read; legal: none")
+    has_block_scales(config)  # refuses other quantization
     classes = config.get("architectures") or list(class_names)
     if not isinstance(classes, list) or not any(name in classes for name in class_names):
         refuse("architectures", classes, ", ".join(class_names))

@@ -55,6 +55,14 @@ _FIELDS: tuple[Field | Fixed, ...] = (
 _IMPLIES = {_LATENT + "layernorm_epsilon": 1e-6}
 
 
+def _published(version: str) -> tuple[str, ...]:
+    return (
+        f"configuration_deepseek.Deepseek{version}Config",
+        f"modeling_deepseek.Deepseek{version}Model",
+        f"modeling_deepseek.Deepseek{version}ForCausalLM",
+    )
+
+
 def _spellings(*rules: Rule) -> tuple[tuple[Rule, ...], ...]:
     return tuple(
         (*COMMON, *_ATTENTION, ROUTER, *rules, *SHARED_EXPERT, *experts, *DENSE_MLP)
@@ -126,6 +134,7 @@ DEEPSEEK_V3 = Architecture(
     rope_theta=10_000.0,
     yarn=_LATENT + "yarn",
     implies=_IMPLIES | {"moe.router.type": "expert_bias", "moe.router.scores": "sigmoid"},
+    published_code=_published("V3"),
     complete=_complete_v3,
     express=_express_v3,
     unused=_multi_token_prediction,
@@ -178,6 +187,7 @@ DEEPSEEK_V2 = Architecture(
         "moe.router.gates": "raw",
         "moe.router.group_score": "max",
     },
+    published_code=_published("V2"),
     complete=_complete_v2,
     express=_express_v2,
 )

@@ -396,7 +396,7 @@ HEADERS: list[tuple[str, Callable[[dict, bytes], tuple[dict | bytes, bytes]], st
     ("overlap", lambda h, d: (_swapped(h), d), "starts at byte"),
     ("hole at the end", lambda h, d: (h, d + b"more"), "its tensors end at byte"),
     ("short file", lambda h, d: (h, d[:-4]), "its tensors end at byte"),
-    ("quantized", lambda h, d: (_first(h).update(dtype="F8_E4M3") or h, d), "a dtype that is not read"),
+    ("quantized", lambda h, d: (_first(h).update(dtype="F8_E5M2") or h, d), "a dtype that is not read"),
     ("no object", lambda h, d: (b"[1]", d), "must hold a JSON object"),
     ("deep", lambda h, d: (b'{"a":' * 100_000, d), "damaged, not valid JSON"),
     ("a name twice", lambda h, d: (json.dumps(h).encode()[:-1] + b',"lm_head.weight":{}}', d), "stands there twice"),
