@@ -110,9 +110,11 @@ def _layout_line(config: RunConfig, layout: ParallelLayout | None) -> str:
 
 
 def _model_line(model: ModelConfig) -> str:
+    latent = model.multi_latent_attention
+    attention = f"in {model.kv_heads} query groups" if latent is None else f"from latents of {latent.kv_lora_rank}"
     return (
-        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads in {model.kv_heads} "
-        f"query groups, vocabulary {model.vocab_size}"
+        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads {attention}, "
+        f"vocabulary {model.vocab_size}"
     )
 
 

@@ -24,6 +24,12 @@ FAMILIAR_NAMES = {
     "moe_layer_freq": "model.moe.layer_freq",
     "moe_aux_loss_coeff": "model.moe.aux_loss_coeff",
     "moe_z_loss_coeff": "model.moe.z_loss_coeff",
+    **{
+        name: f"model.multi_latent_attention.{name}"
+        for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    },
+    "qk_nope_head_dim": "model.multi_latent_attention.qk_head_dim",
+    "qk_rope_head_dim": "model.multi_latent_attention.qk_pos_emb_head_dim",
     "lr_decay_style": "optimizer.schedule.type",
     "lr_warmup_iters": "optimizer.schedule.warmup_iters",
     "gradient_clipping": "optimizer.clip_grad",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moetrain.config.attention import MultiLatentAttentionConfig, latent_attention_problems
 from moetrain.config.objectives import CausalLMConfig, ObjectiveConfig
 from moetrain.config.relatives import (
     CapacityConfig,
@@ -210,7 +211,7 @@ class HeadConfig(Section):
 
 
 class ModelConfig(Section):
-    """A transformer: RMSNorm, rotary or relative positions, grouped-query attention, SwiGLU or ReLU."""
+    """A transformer: RMSNorm, rotary or relative positions, grouped-query or latent attention, SwiGLU or ReLU."""
 
     type: Literal["decoder", "encoder"] = Field(
         default="decoder", description="decoder: a token sees those before it; encoder: all tokens see each other"
@@ -232,6 +233,9 @@ class ModelConfig(Section):
         default=None,
         description="RMSNorm of queries and keys before the rotary positions: of each head with one weight for all "
         "(Qwen3), or of all heads together (OLMoE); absent: none",
+    )
+    multi_latent_attention: MultiLatentAttentionConfig | None = Field(
+        default=None, description="keys and values from latents (DeepSeek-V2 and V3); absent: ordinary attention"
     )
     ffn_hidden_size: PositiveInt = Field(description="hidden units of a dense layer's MLP")
     activation: Activation = Field(
@@ -272,8 +276,15 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head; with latents, of its query and key."""
+        if self.multi_latent_attention is not None:
+            return self.multi_latent_attention.qk_width
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's value."""
+        return self.head_dim if self.multi_latent_attention is None else self.multi_latent_attention.v_head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with this 0-based global number has experts."""
@@ -293,12 +304,15 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> ModelConfig:
-        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+        if problems := list(latent_attention_problems(self)):
+            raise ValueError("\n".join(problems))
+        own_widths = self.kv_channels is not None or self.multi_latent_attention is not None
+        if not own_widths and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
                 f"({self.num_attention_heads}); or set kv_channels"
             )
-        if self.head_dim % 2 and self.position_embedding == "rope":
+        if self.head_dim % 2 and self.position_embedding == "rope" and self.multi_latent_attention is None:
             name = "hidden_size / num_attention_heads" if self.kv_channels is None else "kv_channels"
             raise ValueError(f"{name} ({self.head_dim}) must be even for rotary positions")
         if self.num_attention_heads % self.kv_heads:

@@ -46,22 +46,15 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
 
 def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight in a checkpoint of this model, without its `weight.` prefix."""
-    d, hd = model.hidden_size, model.head_dim
+    d = model.hidden_size
     yield "embedding.word_embeddings.weight", (model.vocab_size, d)
     if model.position_embedding == "relative":
         yield "relative_positions.weight", (model.relative_buckets, model.num_attention_heads)
     for i in range(model.num_layers):
         layer = f"decoder.layers.{i}"
         yield f"{layer}.input_layernorm.weight", (d,)
-        qkv_heads = model.num_attention_heads + 2 * model.kv_heads
-        yield f"{layer}.self_attention.linear_qkv.weight", (qkv_heads * hd, d)
-        if model.add_qkv_bias:
-            yield f"{layer}.self_attention.linear_qkv.bias", (qkv_heads * hd,)
-        if model.qk_layernorm is not None:
-            of_all = model.qk_layernorm == "projection"
-            yield f"{layer}.self_attention.q_layernorm.weight", (hd * (model.num_attention_heads if of_all else 1),)
-            yield f"{layer}.self_attention.k_layernorm.weight", (hd * (model.kv_heads if of_all else 1),)
-        yield f"{layer}.self_attention.linear_proj.weight", (d, model.num_attention_heads * hd)
+        of_attention = _attention_shapes if model.multi_latent_attention is None else _latent_attention_shapes
+        yield from of_attention(f"{layer}.self_attention", model)
         yield f"{layer}.pre_mlp_layernorm.weight", (d,)
         if model.moe is not None and model.is_moe_layer(i):
             if model.moe.cartesian is None:
@@ -108,10 +101,8 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
     lower bound; with one set per token, generation would add 2 * (2 * d * r + d + r) * h per token and layer. With
     `form: factorized`, `form: per_token` or `aggregation: prob` nothing is shared between tokens, and all of it counts.
     """
-    d, width = model.hidden_size, model.num_attention_heads * model.head_dim
-    qkv_rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
-    visible_twice = model.seq_length * (2 if model.type == "encoder" else 1)
-    attention = 2 * d * (qkv_rows + width) + 2 * visible_twice * width
+    d = model.hidden_size
+    attention = _attention_flops(model)
     of_unit = 2 * d * (projections_in(model.activation) + 1)  # of a hidden unit of an MLP or expert
     dense_mlp = of_unit * model.ffn_hidden_size
     forward = 2.0 * d * model.vocab_size if model.head is None else 0.0
@@ -127,6 +118,14 @@ def flops_per_token(model: ModelConfig, mean_k: float | None = None) -> float:
         if moe.hyper is not None:
             forward += _hyper_flops(moe.hyper, moe.num_experts, d)
     return 3.0 * forward
+
+
+def _attention_flops(model: ModelConfig) -> int:
+    """Forward, per token and layer: all projections, scores, and sums of values."""
+    of_attention = _attention_shapes if model.multi_latent_attention is None else _latent_attention_shapes
+    matrices = sum(math.prod(shape) for _, shape in of_attention("", model) if len(shape) == 2)
+    visible_twice = model.seq_length * (2 if model.type == "encoder" else 1)
+    return 2 * matrices + visible_twice * model.num_attention_heads * (model.head_dim + model.value_dim)
 
 
 def _hyper_flops(hyper: HyperConfig, num_experts: int, d: int) -> int:
@@ -153,6 +152,34 @@ def _beside_experts(moe: MoEConfig, d: int, of_unit: int) -> float:
         width = state_width(moe)
         flops += 2 * d * width + 2 * (2 * width * 3 * width)
     return flops
+
+
+def _attention_shapes(prefix: str, model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    d, hd, heads = model.hidden_size, model.head_dim, model.num_attention_heads
+    qkv_heads = heads + 2 * model.kv_heads
+    yield f"{prefix}.linear_qkv.weight", (qkv_heads * hd, d)
+    if model.add_qkv_bias:
+        yield f"{prefix}.linear_qkv.bias", (qkv_heads * hd,)
+    if model.qk_layernorm is not None:
+        of_all = model.qk_layernorm == "projection"
+        yield f"{prefix}.q_layernorm.weight", (hd * (heads if of_all else 1),)
+        yield f"{prefix}.k_layernorm.weight", (hd * (model.kv_heads if of_all else 1),)
+    yield f"{prefix}.linear_proj.weight", (d, heads * hd)
+
+
+def _latent_attention_shapes(prefix: str, model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    latent, d, heads = model.multi_latent_attention, model.hidden_size, model.num_attention_heads
+    assert latent is not None
+    if latent.q_lora_rank is None:
+        yield f"{prefix}.linear_q_proj.weight", (heads * latent.qk_width, d)
+    else:
+        yield f"{prefix}.linear_q_down_proj.weight", (latent.q_lora_rank, d)
+        yield f"{prefix}.q_layernorm.weight", (latent.q_lora_rank,)
+        yield f"{prefix}.linear_q_up_proj.weight", (heads * latent.qk_width, latent.q_lora_rank)
+    yield f"{prefix}.linear_kv_down_proj.weight", (latent.kv_lora_rank + latent.qk_pos_emb_head_dim, d)
+    yield f"{prefix}.kv_layernorm.weight", (latent.kv_lora_rank,)
+    yield f"{prefix}.linear_kv_up_proj.weight", (heads * (latent.qk_head_dim + latent.v_head_dim), latent.kv_lora_rank)
+    yield f"{prefix}.linear_proj.weight", (d, heads * latent.v_head_dim)
 
 
 def _moe_shapes(prefix: str, moe: MoEConfig, d: int, n_in: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -29,6 +29,7 @@ from moetrain.config.yaml_tree import write_yaml
 from moetrain.convert import hf_modeling
 from moetrain.convert.architectures import Architecture, architecture_of
 from moetrain.convert.architectures.moetrain import MOETRAIN
+from moetrain.convert.block_scales import BlockScaledWeights
 from moetrain.convert.hf import MODELING_FILES
 from moetrain.convert.hf_folder import HFFolder
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM
@@ -105,8 +106,13 @@ def import_hf(
         model = _with_dropped(model, architecture, dropped)
     _refuse_absurd_sizes(model)
     weights = _Weights(source, architecture, model)
+    if weights.scaled:
+        notes.append(f"{weights.scaled} tensors were fp8 with scales of blocks; the masters are what they stand for")
+        if verify:
+            raise ConversionError("verify: transformers rounds fp8 weights anew when it loads them; import without")
     if weights.unused:
-        notes.append(f"{weights.unused} tensors stay behind: {', '.join(p + '*' for p in architecture.unused)}")
+        behind = ", ".join(prefix + "*" for prefix in architecture.unused(source.config))
+        notes.append(f"{weights.unused} tensors stay behind: {behind}")
     param_map = _param_map(weights, architecture, model)
     if seq_length is not None:
         model = model.model_copy(update={"seq_length": seq_length})
@@ -157,19 +163,20 @@ class _Weights:
     old versions, and the second one of tied embeddings."""
 
     def __init__(self, source: HFFolder, architecture: Architecture, model: ModelConfig) -> None:
-        self._source = source
-        if model.num_layers > len(list(source.names())):
+        self._source = BlockScaledWeights(source)
+        self.scaled = len(self._source.scaled)
+        number = len(list(source.names()))
+        if model.num_layers > number:
             raise ConversionError(
-                f"config.json tells of {model.num_layers} layers; the folder has only {len(list(source.names()))} "
-                "tensors"
+                f"config.json tells of {model.num_layers} layers; the folder has only {number} tensors"
             )
         ignored = [re.compile(re.escape(p).replace(r"\{i\}", r"\d+")) for p in architecture.ignored]
-        there = [name for name in source.names() if not any(p.fullmatch(name) for p in ignored)]
-        self._names = [name for name in there if not name.startswith(architecture.unused)]
+        there = [name for name in self._source.names() if not any(p.fullmatch(name) for p in ignored)]
+        self._names = [name for name in there if not name.startswith(architecture.unused(source.config))]
         self.unused = len(there) - len(self._names)
         if model.share_embeddings_and_output_weights and set(architecture.tied) <= set(self._names):
             embedding, copy = architecture.tied
-            if not torch.equal(read_whole(source, embedding), read_whole(source, copy)):
+            if not torch.equal(read_whole(self._source, embedding), read_whole(self._source, copy)):
                 raise ConversionError(f"the model ties the embeddings, but {copy} is not {embedding}")
             self._names.remove(copy)
 
@@ -180,8 +187,7 @@ class _Weights:
         return self._source.shape(name)
 
     def read(self, name: str, offset: Shape, shape: Shape) -> Tensor:
-        """In fp32, as masters are."""
-        return self._source.read(name, offset, shape).float()
+        return self._source.read(name, offset, shape)
 
 
 def _refuse_absurd_sizes(model: ModelConfig) -> None:

@@ -20,6 +20,11 @@ def own_config(model: OurConfig) -> dict[str, Any]:
     model that those cannot compute."""
     if used := relatives_used(model):
         raise ConversionError(f"the exported modelling code has nothing for {', '.join(used)}; such a model stays here")
+    if model.multi_latent_attention is not None:
+        raise ConversionError(
+            "model.multi_latent_attention: the exported modelling code has ordinary attention only; DeepSeek-V2's and "
+            "V3's own models are exported as deepseek_v2 and deepseek_v3"
+        )
     for name in ("position_embedding", "activation"):
         value, plain = getattr(model, name), OurConfig.model_fields[name].default
         if value != plain:

@@ -27,8 +27,9 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
-"""Of weights. Integers and 8-bit floats mean quantization, which is not ours to undo."""
+"""Of weights. Integers mean quantization, which is not ours to undo; 8-bit floats need scales (`block_scales`)."""
 
 Shape = tuple[int, ...]
 

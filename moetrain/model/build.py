@@ -21,8 +21,10 @@ from moetrain.config.relatives import state_width
 from moetrain.config.schema import ModelConfig, ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
+from moetrain.model.latent_attention import LatentAttention
 from moetrain.model.qk_norm import qk_norm
 from moetrain.model.relative_positions import RelativePositions
+from moetrain.model.rotary import RotaryPositions
 from moetrain.model.sequence_head import SequenceModel
 from moetrain.moe.cartesian import CartesianMoE
 from moetrain.moe.dispatcher import TokenDispatcher
@@ -47,7 +49,7 @@ def build_chunks(
     here = {i for layers in layers_of_chunks for i in layers}
     hyper = build_hyper(model, here, dtype)
     router_gru = _router_gru(model, here, dtype)
-    positions = RelativePositions(model, parallel.tensor, dtype) if model.position_embedding == "relative" else None
+    positions = _positions(model, parallel, dtype)
     chunks = []
     for chunk, layers in enumerate(layers_of_chunks):
         kind = Decoder if model.head is None else partial(SequenceModel, head=model.head)
@@ -60,7 +62,7 @@ def build_chunks(
             post_process=layers.stop == model.num_layers,
             parallel_output=True,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-            position_embedding_type="rope" if model.position_embedding == "rope" else "none",
+            position_embedding_type="rope" if positions is None else "none",
             rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]
             vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         )
@@ -71,7 +73,7 @@ def build_chunks(
         _register(chunks[0], name, module)
     if router_gru is not None:
         chunks[0].add_module("router_gru", router_gru)
-    if positions is not None:
+    if isinstance(positions, RelativePositions):
         chunks[0].add_module("relative_positions", positions)
     megatron_cpu.install()  # modules that Megatron imported while it was building
     return [chunk.to(device) for chunk in chunks]
@@ -84,6 +86,17 @@ def _router_gru(model: ModelConfig, here: set[int], dtype: torch.dtype) -> Route
         return None
     users = moe_layers(model)
     return RouterGRU(state_width(moe), users, dtype) if here.intersection(users) else None
+
+
+def _positions(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> RelativePositions | RotaryPositions | None:
+    """What the layers share to know positions; None: Megatron's rotation of whole heads."""
+    if model.position_embedding == "relative":
+        return RelativePositions(model, parallel.tensor, dtype)
+    if model.multi_latent_attention is not None:
+        return RotaryPositions(model.multi_latent_attention, model.rotary_base)
+    return None
 
 
 def _register(chunk: Decoder, name: str, module: nn.Module) -> None:
@@ -152,7 +165,7 @@ def _block_spec(
     groups: ParallelGroups,
     hyper: HyperModules,
     router_gru: RouterGRU | None,
-    positions: RelativePositions | None,
+    positions: RelativePositions | RotaryPositions | None,
 ) -> TransformerBlockSubmodules:
     dispatcher = TokenDispatcher(model.moe.num_experts, groups.expert, model.moe.dispatch) if model.moe else None
     return TransformerBlockSubmodules(
@@ -168,7 +181,7 @@ def _layer_spec(
     hyper: HyperModules,
     dispatcher: TokenDispatcher | None,
     router_gru: RouterGRU | None,
-    positions: RelativePositions | None,
+    positions: RelativePositions | RotaryPositions | None,
 ) -> ModuleSpec:
     if model.is_moe_layer(layer):
         assert model.moe is not None
@@ -189,25 +202,46 @@ def _layer_spec(
         fc = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = ModuleSpec(module=MLP, submodules=fc)
         layer_class = TransformerLayer
-    mask = AttnMaskType.causal if model.type == "decoder" else AttnMaskType.padding
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=ModuleSpec(
-            module=ImportanceAttention,
-            params={"measure": measure, "teacher": teacher, "positions": positions, "tensor_group": groups.tensor},
-        ),
-        linear_proj=RowParallelLinear,
-        q_layernorm=qk_norm(model.qk_layernorm, model.num_attention_heads, groups.tensor),
-        k_layernorm=qk_norm(model.qk_layernorm, model.kv_heads, groups.tensor),
-    )
     return ModuleSpec(
         module=layer_class,
         submodules=TransformerLayerSubmodules(
             input_layernorm=ParallelRMSNorm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attention=_attention_spec(model, groups, measure, teacher, positions),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=ParallelRMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
+
+
+def _attention_spec(
+    model: ModelConfig,
+    groups: ParallelGroups,
+    measure: str | None,
+    teacher: str | None,
+    positions: RelativePositions | RotaryPositions | None,
+) -> ModuleSpec:
+    mask = AttnMaskType.causal if model.type == "decoder" else AttnMaskType.padding
+    biases = positions if isinstance(positions, RelativePositions) else None
+    core = ModuleSpec(
+        module=ImportanceAttention,
+        params={"measure": measure, "teacher": teacher, "positions": biases, "tensor_group": groups.tensor},
+    )
+    if isinstance(positions, RotaryPositions):
+        params = {
+            "attn_mask_type": mask,
+            "settings": model.multi_latent_attention,
+            "positions": positions,
+            "core_attention": core,
+            "tensor_group": groups.tensor,
+        }
+        return ModuleSpec(module=LatentAttention, params=params)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=core,
+        linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm(model.qk_layernorm, model.num_attention_heads, groups.tensor),
+        k_layernorm=qk_norm(model.qk_layernorm, model.kv_heads, groups.tensor),
+    )
+    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from moetrain.config.hypernetworks import moe_layers
@@ -33,8 +34,6 @@ _SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.", "router_gru.")
 _WITHOUT_DECAY = ("expert_embedding", "layer_embedding", "relative_positions.weight")
 # Replicated parameters that see this tensor rank's tokens only, whether sequence parallelism is on or not.
 _OF_MOE_BLOCK = (".router.", ".hyper.", ".memory.", ".shared_expert.", ".computation_free.")
-# Replicated parameters that see this tensor rank's heads only.
-_OF_HEADS = (".q_layernorm.", ".k_layernorm.")
 
 
 def named_parameters(chunks: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -62,6 +61,7 @@ def describe_parameters(
     }
     splits = {id(p): dim for chunk in chunks for p, dim in _split_dimensions(chunk)}
     holders = {id(p): stages for chunk in chunks for p, stages in _holders(chunk, groups.layout)}
+    of_heads = {id(p) for chunk in chunks for p in _of_heads(chunk)}
     gated = chunks[0].config.gated_linear_unit
 
     def tied(p: nn.Parameter) -> Tie:
@@ -70,7 +70,15 @@ def describe_parameters(
         return holders.get(id(p), "no")
 
     return [
-        _describe(name, p, groups, sequence_parallel, splits.get(id(p)), tied(p), gated)
+        _describe(
+            name,
+            p,
+            groups,
+            partial=id(p) in of_heads or _sees_own_tokens(name, sequence_parallel),
+            split_dim=splits.get(id(p)),
+            tied=tied(p),
+            gated=gated,
+        )
         for name, p in named_parameters(chunks)
     ]
 
@@ -123,7 +131,7 @@ def _describe(
     name: str,
     parameter: nn.Parameter,
     groups: ParallelGroups,
-    sequence_parallel: bool,
+    partial: bool,
     split_dim: int | None,
     tied: Tie,
     gated: bool,
@@ -148,7 +156,7 @@ def _describe(
         blocks=blocks,
         expert=expert,
         counted=at.pipeline == first_copy and not (replicated_over_tensor and at.tensor > 0),
-        sum_over_tensor=layout.tensor > 1 and replicated_over_tensor and _is_partial(name, sequence_parallel),
+        sum_over_tensor=layout.tensor > 1 and replicated_over_tensor and partial,
         tied=tied,
         decay=len(shape) >= 2 and not name.endswith(_WITHOUT_DECAY),
     )
@@ -167,9 +175,19 @@ def _tensor_split(
     return global_shape, (Block(shape[0], offset),)
 
 
-def _is_partial(name: str, sequence_parallel: bool) -> bool:
-    """Whether each tensor rank sees only its own tokens' or heads' gradient of this replicated parameter."""
-    own_part = any(part in name for part in (*_OF_MOE_BLOCK, *_OF_HEADS)) or name.startswith(_SHARED_BY_LAYERS)
+def _of_heads(chunk: Decoder) -> Iterator[nn.Parameter]:
+    """Replicated parameters that see this tensor rank's heads only: norms of queries and keys. Told by the module's
+    type, because the norm of a latent for queries has the same name and sees what all heads are made of."""
+    for module in chunk.modules():
+        if isinstance(module, SelfAttention):
+            for norm in (module.q_layernorm, module.k_layernorm):
+                assert norm is not None
+                yield from norm.parameters()
+
+
+def _sees_own_tokens(name: str, sequence_parallel: bool) -> bool:
+    """Whether each tensor rank has only its own tokens' gradient of this parameter, if it is replicated."""
+    own_part = any(part in name for part in _OF_MOE_BLOCK) or name.startswith(_SHARED_BY_LAYERS)
     return own_part or (sequence_parallel and not name.startswith("head."))
 
 

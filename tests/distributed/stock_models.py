@@ -45,6 +45,30 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 18, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
+DEEPSEEK = (
+    MOE | LATENT | {"n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "rms_norm_eps": 1e-4}
+)
+# Of positions up to 64: some pairs as fast as before, some slower, some between.
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+KINDS |= {
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False, "norm_topk_prob": False}
+        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        DEEPSEEK
+        | {"q_lora_rank": 20, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | {"routed_scaling_factor": 1.5, "rope_parameters": YARN},
+    ),
+    "deepseek_v2-greedy": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None}),
+}
+
+
 def stock_model(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A model with weights that all matter: biases, norms and choices of experts are no defaults."""
     name, choices = KINDS[kind]

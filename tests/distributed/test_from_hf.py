@@ -23,7 +23,7 @@ from moetrain.testing import run_distributed
 from moetrain.train.setup import build_step
 from moetrain.train.state import restore_weights
 
-KINDS = ("mixtral-wide-heads", "qwen3_moe-dense-layers", "olmoe", "dots1")
+KINDS = ("mixtral-wide-heads", "qwen3_moe-dense-layers", "olmoe", "dots1", "deepseek_v3", "deepseek_v2")
 OWN = ModelConfig.model_validate(
     {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
     | {"vocab_size": 96, "seq_length": 64}

@@ -7,6 +7,7 @@ whose modelling files travel with an export.
 from __future__ import annotations
 
 from moetrain.convert.architectures.base import Architecture, Config
+from moetrain.convert.architectures.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moetrain.convert.architectures.dots1 import DOTS1
 from moetrain.convert.architectures.llama import LLAMA
 from moetrain.convert.architectures.mixtral import MIXTRAL
@@ -21,14 +22,13 @@ from moetrain.errors import ConversionError
 __all__ = ["READ", "STOCK", "Architecture", "architecture_of"]
 
 STOCK: dict[str, Architecture] = {
-    architecture.name: architecture for architecture in (MIXTRAL, QWEN3_MOE, OLMOE, DOTS1, LLAMA, QWEN2, QWEN3)
+    architecture.name: architecture
+    for architecture in (MIXTRAL, QWEN3_MOE, OLMOE, DOTS1, DEEPSEEK_V3, DEEPSEEK_V2, LLAMA, QWEN2, QWEN3)
 }
 READ: dict[str, Architecture] = STOCK | {architecture.name: architecture for architecture in (SWITCH, MOETRAIN)}
 
-_LATENT = "its multi-head latent attention is not computed here; of DeepSeek-V3's kind dots1 has ordinary attention"
 _KNOWN_OTHERS = {
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    "deepseek_v32": "its attention chooses keys by an indexer",
     "qwen2_moe": "its shared expert has a gate of its own",
     "glm4_moe": "its rotary positions cover half of each head",
 }

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from moetrain.checkpoint.compatibility import model_differences
 from moetrain.config.schema import ModelConfig
+from moetrain.convert.block_scales import has_block_scales
 from moetrain.convert.mapping import Rule
 from moetrain.errors import ConversionError
 
@@ -68,12 +69,15 @@ class Architecture:
         spellings: tables of names. The first one is written; all are read, because a file may hold fused experts.
         rope_theta: base of the rotary positions where config.json has none; None: it has no rotary positions, or a
             field of its own for them.
+        yarn: the settings of ours, by dotted path, that its stretched positions (YaRN) become; None: they are refused.
         implies: settings of ours that the architecture always has, by dotted path.
         complete: adds to our settings (a tree) what no field can say, from their config.
         express: the same the other way, into their config.
         notes: what of their config has no counterpart here, in sentences; none of it acts in evaluation.
         ignored: patterns of tensors that say nothing, with `{i}` for a number.
-        unused: prefixes of tensors that stay behind, because we have no place for their part of the model.
+        unused: prefixes, by config, of tensors that stay behind: we have no place for their part of the model.
+        published_code: what `auto_map` may name: the code that the first models came with, before transformers had it.
+            It is not run.
         tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
         auto_map: our own modelling files, which an export carries because transformers lacks the architecture. Reading
             never follows it.
@@ -89,7 +93,9 @@ class Architecture:
     express: Callable[[ModelConfig, dict[str, Any]], None] = lambda _model, _config: None
     notes: Callable[[Config], tuple[str, ...]] = lambda _config: ()
     ignored: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
-    unused: tuple[str, ...] = ()
+    unused: Callable[[Config], tuple[str, ...]] = lambda _config: ()
+    yarn: str | None = None
+    published_code: tuple[str, ...] = ()
     tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
     auto_map: Mapping[str, str] | None = None
 
@@ -99,11 +105,15 @@ class Architecture:
         tree: dict[str, Any] = {}
         put_fields(config, self.fields, tree)
         if self.rope_theta is not None:
-            tree["rotary_base"] = _rotary_base(config, self.rope_theta)
+            rope = _rope_of(config, ("default",) if self.yarn is None else ("default", "yarn"))
+            tree["rotary_base"] = _rotary_base(config, rope, self.rope_theta)
+            if self.yarn is not None and _rope_kind(rope) == "yarn":
+                put(tree, self.yarn, _yarn_settings(rope))
         for path, value in self.implies.items():
             put(tree, path, value)
         self.complete(config, tree)
-        if tree["kv_channels"] is not None and tree["kv_channels"] * tree["num_attention_heads"] == tree["hidden_size"]:
+        width = tree.get("kv_channels")
+        if width is not None and width * tree["num_attention_heads"] == tree["hidden_size"]:
             tree["kv_channels"] = None  # as where nobody sets it
         try:
             return ModelConfig.model_validate_json(json.dumps(tree), strict=True)
@@ -175,11 +185,11 @@ def put_fields(config: Config, fields: Iterable[Field | Fixed], tree: dict[str, 
 
 
 def _refuse_foreign_code(config: Config, architecture: Architecture) -> None:
-    class_names = architecture.class_names
-    if config.get("auto_map") and architecture.auto_map is None:
+    class_names, auto_map = architecture.class_names, config.get("auto_map") or {}
+    known = {*architecture.published_code, *(architecture.auto_map or {}).values()}
+    if not isinstance(auto_map, dict) or any(code not in known for code in auto_map.values()):
         raise ConversionError("config.json: auto_map names Python code of the folder's own; only stock models are read")
-    if config.get("quantization_config"):
-        raise ConversionError("config.json: quantization_config: quantized weights are not read; legal: none")
+    has_block_scales(config)  # refuses other quantization
     classes = config.get("architectures") or list(class_names)
     if not isinstance(classes, list) or not any(name in classes for name in class_names):
         refuse("architectures", classes, ", ".join(class_names))
@@ -218,16 +228,33 @@ def value_of(config: Config, field: Field) -> Any:
     return value
 
 
-def _rotary_base(config: Config, default: float) -> Any:
-    """From transformers 5's `rope_parameters`, or 4's `rope_theta`, without any scaling."""
+_YARN = (
+    Field(("factor",), "factor", kind=float),
+    Field(("original_max_position_embeddings",), "original_max_position_embeddings"),
+    Field(("beta_fast",), "beta_fast", default=None, kind=float, nullable=True),
+    Field(("beta_slow",), "beta_slow", default=None, kind=float, nullable=True),
+    Field(("mscale",), "mscale", default=None, kind=float, nullable=True),
+    Field(("mscale_all_dim",), "mscale_all_dim", default=None, kind=float, nullable=True),
+)
+_YARN_FIXED = (Fixed("attention_factor", (None,), default=None), Fixed("truncate", (True,), default=True))
+
+
+def _rope_of(config: Config, kinds: tuple[str, ...]) -> Config:
+    """transformers 5's `rope_parameters`, or 4's `rope_scaling`. ConversionError for another kind than these."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         refuse("rope_parameters", rope, "a mapping with rope_type default and rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        refuse(
-            "rope_parameters" if config.get("rope_parameters") else "rope_scaling", rope, "none, or rope_type default"
-        )
+    if _rope_kind(rope) not in kinds or any(isinstance(value, dict) for value in rope.values()):
+        name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        refuse(name, rope, f"none, or rope_type {', '.join(kinds)}")
+    return rope
+
+
+def _rope_kind(rope: Config) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rotary_base(config: Config, rope: Config, default: float) -> float:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         refuse("partial_rotary_factor", partial, "1")
@@ -235,6 +262,14 @@ def _rotary_base(config: Config, default: float) -> Any:
     if type(theta) not in (int, float) or not 0 < theta < 1e12:
         refuse("rope_theta", theta, "a number above 0")
     return float(theta)
+
+
+def _yarn_settings(rope: Config) -> dict[str, Any]:
+    """Settings that are none, or 0, are those that transformers has a default for."""
+    for field in _YARN_FIXED:
+        _require_legal(rope, field)
+    values = ((field.ours, value_of(rope, field)) for field in _YARN)
+    return {name: value for name, value in values if value}
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -63,12 +63,19 @@ def decoder_fields(epsilon: float, kv_heads: Any = ..., head_dim: Any = None) ->
     """The fields of every decoder. Arguments: what `transformers` takes where config.json has none; `...`: nothing."""
     grouped = {} if kv_heads is ... else {"default": kv_heads}
     return (
+        *fields_beside_attention(epsilon),
+        Field(("num_key_value_heads",), "num_query_groups", nullable=True, **grouped),
+        Field(("head_dim",), "kv_channels", default=head_dim, nullable=True),
+    )
+
+
+def fields_beside_attention(epsilon: float) -> tuple[Field | Fixed, ...]:
+    """Of decoders whose attention may be of any kind, too."""
+    return (
         Field(("vocab_size",), "vocab_size"),
         Field(("hidden_size",), "hidden_size"),
         Field(("num_hidden_layers",), "num_layers"),
         Field(("num_attention_heads",), "num_attention_heads"),
-        Field(("num_key_value_heads",), "num_query_groups", nullable=True, **grouped),
-        Field(("head_dim",), "kv_channels", default=head_dim, nullable=True),
         Field(("max_position_embeddings",), "seq_length"),
         Field(("rms_norm_eps",), "layernorm_epsilon", default=epsilon, kind=float),
         Field(("initializer_range",), "init_method_std", default=0.02, kind=float),

@@ -102,6 +102,6 @@ SWITCH = Architecture(
     complete=_complete,
     notes=_notes,
     ignored=(),
-    unused=("decoder.", "lm_head."),
+    unused=lambda _config: ("decoder.", "lm_head."),
     tied=_EMBEDDINGS,
 )

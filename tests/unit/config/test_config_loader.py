@@ -292,6 +292,11 @@ def test_the_registry_knows_exactly_the_settings_that_a_full_config_has(tree: di
     mask = {"frequent_ids": 1, "frequent_experts": 2}
     moe |= {"router": {"type": "top_k"}, "token_mask": mask, "router_state": {"type": "recurrent"}, "cartesian": {}}
     known |= walk(config_from_dict(tree, "test"), "")
+    yarn = {"factor": 2.0, "original_max_position_embeddings": 16}
+    widths = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 8}
+    tree["model"] |= {"type": "decoder", "num_query_groups": None, "multi_latent_attention": widths | {"yarn": yarn}}
+    tree["training"]["objective"] = {"type": "causal_lm"}
+    known |= walk(config_from_dict(tree, "test"), "")
     assert set(setting_paths()) == known
 
 

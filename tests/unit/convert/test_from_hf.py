@@ -22,6 +22,7 @@ from moetrain.config.size import parameter_count
 from moetrain.convert.architectures import STOCK
 from moetrain.convert.from_hf import import_hf
 from moetrain.convert.hf import export_hf
+from moetrain.convert.hf_config import hf_config
 from moetrain.convert.hf_folder import INDEX, WHOLE
 from moetrain.convert.verify import hf_logits
 from moetrain.errors import ConversionError
@@ -51,7 +52,7 @@ def test_an_imported_model_has_the_logits_of_transformers(kind: str, tmp_path: P
 
 def test_both_spellings_of_experts_are_read(tmp_path: Path) -> None:
     """transformers 5 writes one tensor per expert, unless it is asked for what it holds in memory."""
-    for kind in ("mixtral", "qwen3_moe-dense-layers", "olmoe", "dots1"):
+    for kind in ("mixtral", "qwen3_moe-dense-layers", "olmoe", "dots1", "deepseek_v2", "deepseek_v3"):
         here = tmp_path / kind
         save_stock(kind, here / "per expert")
         save_stock(kind, here / "fused", save_original_format=False)
@@ -97,6 +98,22 @@ def test_weights_in_bf16_are_read_exactly(tmp_path: Path) -> None:
         found = reader.read("weight.embedding.word_embeddings.weight")
     assert found.dtype == torch.float32
     assert torch.equal(found, model.get_input_embeddings().weight.float())
+
+
+def test_layers_that_predict_tokens_further_on_stay_behind(tmp_path: Path) -> None:
+    """As DeepSeek-V3 has them: numbered on, behind the last layer."""
+    save_stock("deepseek_v3", tmp_path / "hf")
+    expected = import_hf(tmp_path / "hf", tmp_path / "plain", announce=QUIET)
+    tensors = load_file(tmp_path / "hf" / WHOLE)
+    more = {name.replace(".layers.2.", ".layers.3."): t.clone() for name, t in tensors.items() if ".layers.2." in name}
+    save_file(tensors | more | {"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}, tmp_path / "hf" / WHOLE)
+    report = import_hf(tmp_path / "hf", tmp_path / "out", announce=QUIET)
+    assert report.notes[-1] == f"{len(more) + 1} tensors stay behind: model.layers.3.*"
+    assert report.parameters == expected.parameters
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(ConversionError, match=r"has more than the model's config tells: .*model\.layers\.3\."):
+        import_hf(tmp_path / "hf", tmp_path / "none", announce=QUIET)
 
 
 # --- there and back -------------------------------------------------------------------------------------------------
@@ -152,6 +169,32 @@ def test_auto_takes_a_stock_architecture_only_where_it_fits_exactly(of_kind: Cal
     normed = of_kind("top_k").model_copy(update={"qk_layernorm": "head"})
     assert fitting(normed) == ["qwen3_moe"]
     assert fitting(normed.model_copy(update={"type": "encoder"})) == []
+
+
+def test_latent_attention_is_exported_as_deepseeks_or_not_at_all(of_kind: Callable[[str], ModelConfig]) -> None:
+    widths = {"kv_lora_rank": 8, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
+    latent = {"num_query_groups": None, "multi_latent_attention": widths}
+
+    def with_latents(kind: str, **router: object) -> ModelConfig:
+        tree = of_kind(kind).model_dump() | latent
+        if router:
+            tree["moe"] |= {"router": router, "shared_expert_ffn_hidden_size": 18, "layer_freq": [0, 1, 1]}
+        return ModelConfig.model_validate(tree)
+
+    fits = {
+        name: [stock for stock in STOCK if _fits(stock, model)]
+        for name, model in {
+            "V3": with_latents("top_k", type="expert_bias"),
+            "V2": with_latents("top_k", type="top_k"),
+            "renormalized": with_latents("top_k", type="top_k", gates="renormalized"),
+            "experts of ours": with_latents("da_moe-hyper"),
+        }.items()
+    }
+    assert fits == {"V3": ["deepseek_v3"], "V2": ["deepseek_v2"], "renormalized": [], "experts of ours": []}
+    with pytest.raises(
+        ConversionError, match=r"model\.multi_latent_attention: the exported modelling code has ordinary"
+    ):
+        hf_config(with_latents("da_moe-hyper"))
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -237,7 +280,7 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map names Python code"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures is .*legal: LlamaForCausalLM"),
-    ("llama", {"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'.*multi-head latent attention"),
+    ("llama", {"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'.*chooses keys by an indexer"),
     ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2', which we do not read; legal: mixtral, qwen3_moe"),
     ("llama", {"model_type": ["llama"]}, "model_type is"),
     ("llama", {"tie_word_embeddings": True}, "ties the embeddings, but lm_head.weight is not"),
@@ -252,6 +295,37 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("dots1", {"first_k_dense_replace": 3}, "first_k_dense_replace is 3"),
     ("dots1", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ("dots1", {"n_shared_experts": None}, "n_shared_experts is null"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias is true"),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2.*legal: 4"),
+    ("deepseek_v3", {"head_dim": 8}, "head_dim is 8.*legal: 6"),
+    ("deepseek_v3", {"qk_head_dim": 17}, "qk_head_dim is 17.*legal: 16"),
+    (
+        "deepseek_v3",
+        {"qk_rope_head_dim": 5, "head_dim": 5, "qk_head_dim": 15},
+        r"qk_pos_emb_head_dim \(5\) must be even",
+    ),
+    ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is null.*type int"),
+    ("deepseek_v3", {"kv_lora_rank": 2**31 - 1, "num_attention_heads": 512, "num_key_value_heads": 512}, "at most"),
+    ("deepseek_v3", {"kv_lora_rank": 17}, r"has shape \[24, 32\]; the model's config says \[23, 32\]"),
+    ("deepseek_v3", {"q_lora_rank": None}, r"lacks 3 tensor.*q_proj\.weight"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, 'scoring_func is "softmax".*legal: "sigmoid"'),
+    ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method is "greedy".*legal: "noaux_tc"'),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+    ("deepseek_v3", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1.*legal: 0 to 64"),
+    ("deepseek_v3", {"rope_interleave": 1}, "rope_interleave is 1.*type bool"),
+    ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear.*rope_type default, yarn"),
+    ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn"}}, "lacks factor"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"factor": 0.5}}, "yarn.factor"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"factor": 1e300}}, "yarn.factor"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"beta_fast": 1e-300}}, "yarn.beta_fast"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"attention_factor": 1.1}}, "attention_factor is 1.1"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"truncate": False}}, "truncate is false"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"original_max_position_embeddings": 0}}, "legal: 1 to"),
+    ("deepseek_v3-yarn", {"rope_parameters": {"rope_theta": 1.0}}, r"rope_theta|rotary_base \(1\) must exceed 1"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is true"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method is "noaux_tc".*legal: "greedy"'),
+    ("deepseek_v2", {"n_group": None}, "n_group is null.*a number"),
+    ("deepseek_v2", {"n_group": 3}, r"router.groups \(3\) must divide num_experts"),
     ("dots1", {"layer_types": None, "sliding_window": 16, "max_window_layers": 1}, "max_window_layers is 1"),
 ]
 
@@ -322,7 +396,7 @@ HEADERS: list[tuple[str, Callable[[dict, bytes], tuple[dict | bytes, bytes]], st
     ("overlap", lambda h, d: (_swapped(h), d), "starts at byte"),
     ("hole at the end", lambda h, d: (h, d + b"more"), "its tensors end at byte"),
     ("short file", lambda h, d: (h, d[:-4]), "its tensors end at byte"),
-    ("quantized", lambda h, d: (_first(h).update(dtype="F8_E4M3") or h, d), "a dtype that is not read"),
+    ("quantized", lambda h, d: (_first(h).update(dtype="F8_E5M2") or h, d), "a dtype that is not read"),
     ("no object", lambda h, d: (b"[1]", d), "must hold a JSON object"),
     ("deep", lambda h, d: (b'{"a":' * 100_000, d), "damaged, not valid JSON"),
     ("a name twice", lambda h, d: (json.dumps(h).encode()[:-1] + b',"lm_head.weight":{}}', d), "stands there twice"),

@@ -80,6 +80,8 @@ FOREIGN = {
     "docs/adr/0003-own-dispatch-and-experts.md": "te_general_gemm",
     "docs/adr/0004-encoder-decoder.md": "CrossAttention RotaryEmbedding TransformerBlock decoder_seq_length "
     "encoder_and_decoder get_model_xattn get_tensor_shapes set_input_tensor xattn_needed",
+    "docs/adr/0005-no-deepspeed-universal.md": "EP_NUM_EXPERTS PARAMETER_WITH_SUB_PARAMS _resolve_autoep_partition "
+    "load_checkpoint load_universal_checkpoint",
     "docs/concepts/hypermoe.md": "use_fast_mode",
 }
 
