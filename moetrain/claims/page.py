@@ -57,10 +57,8 @@ def write(page: Path, facts: Facts, findings: Sequence[Finding], results: Result
     pictures.mkdir(parents=True, exist_ok=True)
     plots.forest(findings, pictures / "differences.svg")
     plots.losses(facts.study, results, pictures / "losses.svg")
-    first = [
-        findings[0].compared[0].comparison.baseline,
-        *dict.fromkeys(c.comparison.arm for c in findings[0].compared),
-    ]
+    compared = [c.comparison for c in findings[0].compared]
+    first = list(dict.fromkeys(name for c in compared for name in (c.baseline, c.arm)))
     plots.curves(facts.study, results, first, pictures / "curves.svg")
     if facts.counts:
         plots.counts({arm: mean_counts(runs) for arm, runs in facts.counts.items()}, pictures / "counts.svg")
