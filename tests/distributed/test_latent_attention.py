@@ -7,6 +7,7 @@ from functools import lru_cache
 import pytest
 from parity import LAYOUTS, SINGLE, Layout, Trajectory, differences, tiny_config, train_all
 from test_future_does_not_leak import compare, observe_all
+from test_zero3 import DP2, assert_close, dense, train
 
 from moetrain.config.schema import RunConfig
 from moetrain.config.size import parameter_shapes
@@ -61,6 +62,13 @@ def test_the_model_has_the_parameters_that_the_config_counts_and_all_of_them_lea
         for name, weight in trajectory.weights.items():
             if name.endswith(("q_layernorm.weight", "kv_layernorm.weight")):
                 assert (weight != 1).all(), name
+
+
+def test_zero_3_trains_as_one_process() -> None:
+    changes = {"model__num_query_groups": None, "model__multi_latent_attention": LATENT | {"q_lora_rank": 11}}
+    (reference,) = run_distributed(train, 1, [dense(SINGLE, 1, **changes)])[0]
+    (record,) = run_distributed(train, DP2.world, [dense(DP2, 3, **changes)])[0]
+    assert_close(record, reference)
 
 
 def test_the_future_does_not_change_the_past() -> None:
