@@ -67,15 +67,16 @@ def test_both_spellings_of_experts_are_read(tmp_path: Path) -> None:
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_what_lies_beside_the_weights_starts_a_run(tokenizer: Path, tmp_path: Path) -> None:
-    save_stock("dots1", tmp_path / "hf", max_shard_size="20KB")
+@pytest.mark.parametrize(("kind", "name"), [("dots1", "dots1"), ("deepseek_v3-yarn", "deepseek_v3")])
+def test_what_lies_beside_the_weights_starts_a_run(kind: str, name: str, tokenizer: Path, tmp_path: Path) -> None:
+    save_stock(kind, tmp_path / "hf", max_shard_size="20KB")
     for file in tokenizer.iterdir():
         (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
     report = import_hf(tmp_path / "hf", tmp_path / "out", seq_length=32, announce=QUIET)
     run = load_config([tmp_path / "out" / "config.yaml"], ["data.train.0.path=here"])
     with CheckpointReader(tmp_path / "out") as reader:
         assert config_from_dict(reader.config, "manifest").model == run.model == report.model
-        assert reader.step == 0 and reader.extra["imported_from"]["architecture"] == "dots1"
+        assert reader.step == 0 and reader.extra["imported_from"]["architecture"] == name
         assert len(reader.extra["tokenizer"]) == 64
         assert not any(name.startswith("optimizer.") for name in reader.names())
         assert "controller.decoder.layers.1.mlp.router.bias" in reader.names()

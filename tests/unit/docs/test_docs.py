@@ -11,6 +11,7 @@ import pytest
 
 from moetrain.config.loader import config_from_dict
 from moetrain.config.registry import setting_paths
+from moetrain.config.schema import ModelConfig
 from moetrain.config.size import parameter_shapes
 
 from .reading import ROOT, anchors, console_commands, links, pages, rows, split_fences
@@ -169,6 +170,23 @@ def test_the_names_page_has_every_parameter_with_its_shape(tied: bool) -> None:
     if tied:
         assert told.pop("output_layer.weight") == (59, 168)
     assert told == real
+
+
+def test_the_page_of_names_has_the_parameters_of_latent_attention() -> None:
+    page = (DOCS / "reference" / "names.md").read_text(encoding="utf-8")
+    told = {
+        name.strip("`"): shape.replace("`", "") for name, shape, _ in rows(page, 3) if shape.startswith("(") and name
+    }
+    sizes = {"q_lora_rank": 7, "kv_lora_rank": 11, "n": 13, "r": 4, "v": 17, "d": 19, "H": 3}
+    latent = {"kv_lora_rank": 11, "qk_head_dim": 13, "qk_pos_emb_head_dim": 4, "v_head_dim": 17}
+    real: dict[str, tuple[int, ...]] = {}
+    for choice in ({}, {"q_lora_rank": 7}):
+        model = {"num_layers": 1, "hidden_size": 19, "num_attention_heads": 3, "ffn_hidden_size": 5, "vocab_size": 5}
+        model |= {"seq_length": 5, "multi_latent_attention": latent | choice}
+        shapes = parameter_shapes(ModelConfig.model_validate(model))
+        prefix = "decoder.layers.0.self_attention."
+        real |= {name.removeprefix(prefix): shape for name, shape in shapes if name.startswith(prefix)}
+    assert {name: eval(shape, {"__builtins__": {}}, sizes) for name, shape in told.items()} == real
 
 
 def test_the_zero_seams_list_of_internals_is_used_and_is_deepspeeds() -> None:

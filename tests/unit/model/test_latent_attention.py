@@ -71,8 +71,8 @@ def normed(x: np.ndarray, weight: np.ndarray, settings: dict) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
 
 
-def truth(x_SD: np.ndarray, weights: Weights, settings: dict) -> np.ndarray:
-    """Of one sequence, [S, D]."""
+def truth(x_SD: np.ndarray, weights: Weights, settings: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Of one sequence: output [S, D], and the largest weight of each query, averaged over the heads, [S]."""
     yarn, latent, wide = settings.get("yarn"), settings["kv_lora_rank"], settings["qk_head_dim"]
     if "q_lora_rank" in settings:
         compressed = normed(x_SD @ weights["linear_q_down_proj"].T, weights["q_layernorm"], settings)
@@ -87,27 +87,38 @@ def truth(x_SD: np.ndarray, weights: Weights, settings: dict) -> np.ndarray:
     scale = 1 / math.sqrt(wide + settings["qk_pos_emb_head_dim"])
     if yarn is not None:
         scale *= (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2
-    heads = []
+    heads, largest = [], []
     for head in range(HEADS):
         scores = queries[:, head, :wide] @ up[:, head, :wide].T + q_rotated[:, head] @ shared_key.T
         scores = np.where(np.tri(len(x_SD), dtype=bool), scale * scores, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
-        heads.append(shares / shares.sum(-1, keepdims=True) @ up[:, head, wide:])
-    return np.concatenate(heads, axis=-1) @ weights["linear_proj"].T
+        shares /= shares.sum(-1, keepdims=True)
+        heads.append(shares @ up[:, head, wide:])
+        largest.append(shares.max(-1))
+    return np.concatenate(heads, axis=-1) @ weights["linear_proj"].T, np.mean(largest, axis=0)
+
+
+def filled_attention(settings: dict, groups: ParallelGroups, **changes: object) -> torch.nn.Module:
+    """The attention of a layer that routes by importance."""
+    router = {"type": "da_moe", "importance": "row_max"}
+    model = ModelConfig.model_validate(
+        {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "ffn_hidden_size": 4}
+        | {"vocab_size": 8, "seq_length": LENGTH, "rotary_base": BASE, "multi_latent_attention": settings}
+        | {"moe": {"num_experts": 2, "ffn_hidden_size": 4, "router": router}}
+        | changes
+    )
+    (decoder,) = build_chunks(model, ParallelConfig(), groups, torch.float32, torch.device("cpu"))
+    attention = decoder.decoder.layers[0].self_attention
+    generator = torch.Generator().manual_seed(5)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.6 if parameter.dim() > 1 else 1.0, generator=generator)
+    return attention
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_and_gradients_are_those_of_the_equations(variant: str, alone: ParallelGroups) -> None:
     settings = VARIANTS[variant]
-    model = ModelConfig.model_validate(
-        {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "ffn_hidden_size": 4}
-        | {"vocab_size": 8, "seq_length": LENGTH, "rotary_base": BASE, "multi_latent_attention": settings}
-    )
-    (decoder,) = build_chunks(model, ParallelConfig(), alone, torch.float32, torch.device("cpu"))
-    attention = decoder.decoder.layers[0].self_attention
-    generator = torch.Generator().manual_seed(5)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.6 if parameter.dim() > 1 else 1.0, generator=generator)
+    attention, generator = filled_attention(settings, alone), torch.Generator().manual_seed(6)
     x = torch.randn(LENGTH, 2, HIDDEN, generator=generator, requires_grad=True)
     upstream = torch.randn(LENGTH, 2, HIDDEN, generator=generator)
     out, bias = attention(x, None)
@@ -116,10 +127,13 @@ def test_output_and_gradients_are_those_of_the_equations(variant: str, alone: Pa
     weights = {name.removesuffix(".weight"): p.detach().double().numpy() for name, p in attention.named_parameters()}
     inputs = x.detach().double().numpy()
 
-    def of_both(inputs: np.ndarray, weights: Weights) -> np.ndarray:
-        return np.stack([truth(inputs[:, i], weights, settings) for i in range(2)], axis=1)
+    def of_both(inputs: np.ndarray, weights: Weights) -> tuple[np.ndarray, ...]:
+        found = [truth(inputs[:, i], weights, settings) for i in range(2)]
+        return tuple(np.stack(part, axis=1) for part in zip(*found, strict=True))
 
-    np.testing.assert_allclose(out.detach().numpy(), of_both(inputs, weights), atol=2e-6 * float(out.abs().max()))
+    expected_out, expected_importance = of_both(inputs, weights)
+    np.testing.assert_allclose(out.detach().numpy(), expected_out, atol=2e-6 * float(out.abs().max()))
+    np.testing.assert_allclose(attention.core_attention.take_importance().numpy(), expected_importance, atol=2e-6)
     random = np.random.default_rng(1)
     gradients = {name.removesuffix(".weight"): p.grad for name, p in attention.named_parameters()} | {"": x.grad}
     for name, gradient in gradients.items():
@@ -129,10 +143,22 @@ def test_output_and_gradients_are_those_of_the_equations(variant: str, alone: Pa
         for sign in (1, -1):
             moved = inputs + sign * step * direction if not name else inputs
             changed = weights if not name else weights | {name: weights[name] + sign * step * direction}
-            losses.append((of_both(moved, changed) * upstream.double().numpy()).sum())
+            losses.append((of_both(moved, changed)[0] * upstream.double().numpy()).sum())
         expected = (losses[0] - losses[1]) / (2 * step)
         found = float((gradient.double().numpy() * direction).sum())
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-4), name
+
+
+def test_an_encoder_of_latents_sees_all_real_tokens_and_no_padding(alone: ParallelGroups) -> None:
+    attention = filled_attention(VARIANTS["latent queries, stretched"], alone, type="encoder")
+    x, real = torch.randn(LENGTH, 2, HIDDEN, generator=torch.Generator().manual_seed(7)), 8
+    valid = torch.arange(LENGTH) < torch.tensor([LENGTH, real])[:, None]
+    with torch.no_grad():
+        padded, _ = attention(x, valid)
+        short, _ = attention(x[:real, 1:], None)
+        longer, _ = attention(x[:, 1:], None)
+    torch.testing.assert_close(padded[:real, 1:], short, rtol=1e-5, atol=1e-5)
+    assert not padded[real:, 1].any() and not torch.allclose(longer[:real], short, atol=1e-2)
 
 
 def test_stretched_pairs_go_over_from_fast_to_slow() -> None:
