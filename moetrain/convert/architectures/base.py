@@ -75,8 +75,6 @@ class Architecture:
         ignored: patterns of tensors that say nothing, with `{i}` for a number.
         unused: prefixes of tensors that stay behind, because we have no place for their part of the model.
         tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
-        auto_map: our own modelling files, which an export carries because transformers lacks the architecture. Reading
-            never follows it.
     """
 
     name: str
@@ -91,17 +89,16 @@ class Architecture:
     ignored: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
     unused: tuple[str, ...] = ()
     tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
-    auto_map: Mapping[str, str] | None = None
 
     def read_config(self, config: Config) -> ModelConfig:
         """The model that a config.json describes. ConversionError for the first thing that we do not compute."""
-        _refuse_foreign_code(config, self)
+        _refuse_foreign_code(config, self.class_names)
         tree: dict[str, Any] = {}
         put_fields(config, self.fields, tree)
         if self.rope_theta is not None:
             tree["rotary_base"] = _rotary_base(config, self.rope_theta)
         for path, value in self.implies.items():
-            put(tree, path, value)
+            _put(tree, path, value)
         self.complete(config, tree)
         if tree["kv_channels"] is not None and tree["kv_channels"] * tree["num_attention_heads"] == tree["hidden_size"]:
             tree["kv_channels"] = None  # as where nobody sets it
@@ -123,8 +120,6 @@ class Architecture:
         """The config.json of a model, whether or not it fits."""
         config: dict[str, Any] = {"model_type": self.name, "architectures": [self.class_names[0]]}
         config |= words_of(model, self.fields, self.name)
-        if self.auto_map is not None:
-            config["auto_map"] = dict(self.auto_map)
         if self.rope_theta is not None:
             # Both transformers 4 and 5 read this spelling; 4 would not see `rope_parameters`, and take its default.
             config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
@@ -171,12 +166,11 @@ def put_fields(config: Config, fields: Iterable[Field | Fixed], tree: dict[str, 
         if isinstance(field, Fixed):
             _require_legal(config, field)
         else:
-            put(tree, field.ours, value_of(config, field))
+            _put(tree, field.ours, value_of(config, field))
 
 
-def _refuse_foreign_code(config: Config, architecture: Architecture) -> None:
-    class_names = architecture.class_names
-    if config.get("auto_map") and architecture.auto_map is None:
+def _refuse_foreign_code(config: Config, class_names: tuple[str, ...]) -> None:
+    if config.get("auto_map"):
         raise ConversionError("config.json: auto_map names Python code of the folder's own; only stock models are read")
     if config.get("quantization_config"):
         raise ConversionError("config.json: quantization_config: quantized weights are not read; legal: none")
@@ -237,8 +231,7 @@ def _rotary_base(config: Config, default: float) -> Any:
     return float(theta)
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path."""
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
