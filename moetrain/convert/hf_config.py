@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moetrain.config.relatives import relatives_used
-from moetrain.config.routers import DAMoERouterConfig, RouterConfig, TopKRouterConfig
+from moetrain.config.routers import DAMoERouterConfig
 from moetrain.config.schema import ModelConfig as OurConfig
 from moetrain.config.schema import RunConfig
 from moetrain.convert.architectures.moetrain import MOETRAIN
@@ -17,7 +17,7 @@ from moetrain.errors import ConversionError
 
 def refuse_inexpressible(model: OurConfig) -> None:
     """ConversionError for a model that the exported files cannot compute."""
-    if used := relatives_used(model):
+    if used := [path for path in relatives_used(model) if path != "model.moe.shared_expert_ffn_hidden_size"]:
         raise ConversionError(f"the exported modelling code has nothing for {', '.join(used)}; such a model stays here")
     for name in ("position_embedding", "activation"):
         value, plain = getattr(model, name), OurConfig.model_fields[name].default
@@ -28,22 +28,12 @@ def refuse_inexpressible(model: OurConfig) -> None:
             "model.moe.hyper.condition_on is random_fixed: embeddings that are in no checkpoint cannot be exported; "
             "legal: unselected, selected, constant, static"
         )
-    if model.moe is not None:
-        _refuse_router(model.moe.router)
-
-
-def _refuse_router(router: RouterConfig) -> None:
+    router = model.moe.router if model.moe is not None else None
     if isinstance(router, DAMoERouterConfig) and router.importance not in IMPORTANCE:
         raise ConversionError(
             f"model.moe.router.importance ({router.importance}): the exported modelling code has no such measure; "
             f"it has: {', '.join(IMPORTANCE)}"
         )
-    for name in ("scores", "scaling_factor", "groups") if isinstance(router, TopKRouterConfig) else ():
-        value, plain = getattr(router, name), TopKRouterConfig.model_fields[name].default
-        if value != plain:
-            raise ConversionError(
-                f"model.moe.router.{name} ({value}): the exported modelling code has top_k with {name} {plain} only"
-            )
 
 
 def own_config(model: OurConfig) -> dict[str, Any]:

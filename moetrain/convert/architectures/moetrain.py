@@ -47,6 +47,14 @@ RULES: tuple[Rule, ...] = (
     *QK_NORM,
     *DENSE_MLP,
     ROUTER,
+    # A rounded bias would choose other experts, too.
+    same(MLP + "router.bias", THEIR_MLP + "gate.bias", keep_fp32=True),
+    Rule(
+        MLP + "shared_expert.fc1",
+        (THEIR_MLP + "shared_experts.gate_proj.weight", THEIR_MLP + "shared_experts.up_proj.weight"),
+        "split_gate_up",
+    ),
+    same(MLP + "shared_expert.fc2", THEIR_MLP + "shared_experts.down_proj.weight"),
     same(MLP + "router.predictor", THEIR_MLP + "gate.predictor"),
     # Rounding thresholds to bf16 would change the number of experts of many tokens, so they never leave fp32.
     *(
@@ -79,12 +87,22 @@ _MOE: tuple[Field, ...] = (
     Field(("moe_intermediate_size",), "moe.ffn_hidden_size"),
     _choice("router_type", "moe.router.type", legal.ROUTERS),
     _choice("router_gates", "moe.router.gates", legal.GATES),
+    Field(("shared_expert_intermediate_size",), "moe.shared_expert_ffn_hidden_size", default=None, nullable=True),
     Field(("pretraining.aux_loss",), "moe.aux_loss", kind=str),
     Field(("pretraining.aux_loss_coeff",), "moe.aux_loss_coeff", kind=float),
     Field(("pretraining.z_loss_coeff",), "moe.z_loss_coeff", kind=float),
 )
+_BEST_SCORES: tuple[Field, ...] = (
+    Field(("num_experts_per_tok",), "moe.router.top_k"),
+    _choice("router_scores", "moe.router.scores", legal.SCORES),
+    Field(("router_scaling_factor",), "moe.router.scaling_factor", kind=float),
+    Field(("expert_groups",), "moe.router.groups"),
+    Field(("top_groups",), "moe.router.top_groups", default=None, nullable=True),
+    _choice("group_score", "moe.router.group_score", legal.GROUP_SCORES),
+)
 _ROUTERS: dict[str, tuple[Field, ...]] = {
-    "top_k": (Field(("num_experts_per_tok",), "moe.router.top_k"),),
+    "top_k": _BEST_SCORES,
+    "expert_bias": (*_BEST_SCORES, Field(("pretraining.bias_rate",), "moe.router.bias_rate", kind=float)),
     "da_moe": (
         _choice("importance", "moe.router.importance", legal.IMPORTANCE),
         _choice("importance_direction", "moe.router.direction", legal.DIRECTIONS),
