@@ -82,8 +82,10 @@ class Notes(Callback):
         self.told: list[tuple[Any, ...]] = []
         self.steps_beside_a_save = 0
         self.stop_at = stop_at
+        self.loss = float("nan")
 
     def on_step_end(self, trainer: Any, report: Any) -> None:
+        self.loss = report.loss
         self.told.append(("step", report.iteration))
         if report.iteration == self.stop_at and trainer.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -143,8 +145,10 @@ def observe(folder: Path) -> dict[str, Any]:
     beside, _ = run("async", SlowDisk(), {})
     seen["steps_beside"] = beside.steps_beside_a_save
     seen["async"] = beside.told
+    seen["loss"] = beside.loss
     run("sync", Files(), {"async_save": False})
     dist.barrier()
+    seen["told of itself"] = CheckpointReader(folder / "async" / "checkpoints" / "step-00000005").extra
     seen["sums"] = {name: sums(folder / name) for name in ("async", "slow copy", "sync")}
     on_rank_1 = dist.get_rank() == 1
     seen["forgiven"] = run("forgiven", FullDisk(2 if on_rank_1 else 0), {"max_failed_saves": 3})[0].told
@@ -171,6 +175,8 @@ def test_saves_beside_training_are_those_in_the_foreground_and_fail_on_all_ranks
     assert [told[1] for told in first["async"] if told[0] == "save"] == [2, 4, 5]
     assert len(first["sums"]["async"]) == 6, "three checkpoints of two ranks"
     assert first["sums"]["async"] == first["sums"]["slow copy"] == first["sums"]["sync"]
+    assert first["told of itself"]["loss"] == first["loss"], "what a model card says of the last step"
+    assert first["told of itself"]["versions"]["torch"] == torch.__version__
 
     def without_seconds(told: list) -> list:
         return [(*one[:3], *one[4:]) if one[0] == "save" else one for one in told]

@@ -79,8 +79,6 @@ class Architecture:
         published_code: what `auto_map` may name: the code that the first models came with, before transformers had it.
             It is not run.
         tied: two names of one tensor, of which a file may hold both, where the embeddings are tied.
-        auto_map: our own modelling files, which an export carries because transformers lacks the architecture. Reading
-            never follows it.
     """
 
     name: str
@@ -97,20 +95,19 @@ class Architecture:
     yarn: str | None = None
     published_code: tuple[str, ...] = ()
     tied: tuple[str, str] = ("model.embed_tokens.weight", "lm_head.weight")
-    auto_map: Mapping[str, str] | None = None
 
     def read_config(self, config: Config) -> ModelConfig:
         """The model that a config.json describes. ConversionError for the first thing that we do not compute."""
-        _refuse_foreign_code(config, self)
+        _refuse_foreign_code(config, self.class_names, self.published_code)
         tree: dict[str, Any] = {}
         put_fields(config, self.fields, tree)
         if self.rope_theta is not None:
             rope = _rope_of(config, ("default",) if self.yarn is None else ("default", "yarn"))
             tree["rotary_base"] = _rotary_base(config, rope, self.rope_theta)
             if self.yarn is not None and _rope_kind(rope) == "yarn":
-                put(tree, self.yarn, _yarn_settings(rope))
+                _put(tree, self.yarn, _yarn_settings(rope))
         for path, value in self.implies.items():
-            put(tree, path, value)
+            _put(tree, path, value)
         self.complete(config, tree)
         width = tree.get("kv_channels")
         if width is not None and width * tree["num_attention_heads"] == tree["hidden_size"]:
@@ -133,8 +130,6 @@ class Architecture:
         """The config.json of a model, whether or not it fits."""
         config: dict[str, Any] = {"model_type": self.name, "architectures": [self.class_names[0]]}
         config |= words_of(model, self.fields, self.name)
-        if self.auto_map is not None:
-            config["auto_map"] = dict(self.auto_map)
         if self.rope_theta is not None:
             # Both transformers 4 and 5 read this spelling; 4 would not see `rope_parameters`, and take its default.
             config |= {"rope_theta": model.rotary_base, "rope_scaling": None}
@@ -181,13 +176,12 @@ def put_fields(config: Config, fields: Iterable[Field | Fixed], tree: dict[str, 
         if isinstance(field, Fixed):
             _require_legal(config, field)
         else:
-            put(tree, field.ours, value_of(config, field))
+            _put(tree, field.ours, value_of(config, field))
 
 
-def _refuse_foreign_code(config: Config, architecture: Architecture) -> None:
-    class_names, auto_map = architecture.class_names, config.get("auto_map") or {}
-    known = {*architecture.published_code, *(architecture.auto_map or {}).values()}
-    if not isinstance(auto_map, dict) or any(code not in known for code in auto_map.values()):
+def _refuse_foreign_code(config: Config, class_names: tuple[str, ...], published: tuple[str, ...]) -> None:
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict) or any(code not in published for code in auto_map.values()):
         raise ConversionError("config.json: auto_map names Python code of the folder's own; only stock models are read")
     has_block_scales(config)  # refuses other quantization
     classes = config.get("architectures") or list(class_names)
@@ -272,8 +266,7 @@ def _yarn_settings(rope: Config) -> dict[str, Any]:
     return {name: value for name, value in values if value}
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path."""
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})

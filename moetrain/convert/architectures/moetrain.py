@@ -6,12 +6,11 @@ the like. `pretraining` holds what only training reads, so that a folder that wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from moetrain.config.routers import DAMoERouterConfig
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.architectures.base import Architecture, Config, Field, Fixed, put, put_fields, refuse, words_of
+from moetrain.convert.architectures.base import Architecture, Config, Field, Fixed, put_fields, refuse, words_of
 from moetrain.convert.architectures.decoder import (
     COMMON,
     DENSE_MLP,
@@ -48,6 +47,14 @@ RULES: tuple[Rule, ...] = (
     *QK_NORM,
     *DENSE_MLP,
     ROUTER,
+    # A rounded bias would choose other experts, too.
+    same(MLP + "router.bias", THEIR_MLP + "gate.bias", keep_fp32=True),
+    Rule(
+        MLP + "shared_expert.fc1",
+        (THEIR_MLP + "shared_experts.gate_proj.weight", THEIR_MLP + "shared_experts.up_proj.weight"),
+        "split_gate_up",
+    ),
+    same(MLP + "shared_expert.fc2", THEIR_MLP + "shared_experts.down_proj.weight"),
     same(MLP + "router.predictor", THEIR_MLP + "gate.predictor"),
     # Rounding thresholds to bf16 would change the number of experts of many tokens, so they never leave fp32.
     *(
@@ -69,18 +76,33 @@ def _choice(theirs: str, ours: str, words: tuple[str, ...]) -> Field:
     return Field((theirs,), ours, kind=str, words={word: word for word in words})
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_moetrain.MoetrainConfig",
+    "AutoModel": "modeling_moetrain.MoetrainModel",
+    "AutoModelForCausalLM": "modeling_moetrain.MoetrainForCausalLM",
+}
 _GROUPS = ("hyper", "pretraining")
 _MOE: tuple[Field, ...] = (
     Field(("num_experts",), "moe.num_experts"),
     Field(("moe_intermediate_size",), "moe.ffn_hidden_size"),
     _choice("router_type", "moe.router.type", legal.ROUTERS),
     _choice("router_gates", "moe.router.gates", legal.GATES),
+    Field(("shared_expert_intermediate_size",), "moe.shared_expert_ffn_hidden_size", default=None, nullable=True),
     Field(("pretraining.aux_loss",), "moe.aux_loss", kind=str),
     Field(("pretraining.aux_loss_coeff",), "moe.aux_loss_coeff", kind=float),
     Field(("pretraining.z_loss_coeff",), "moe.z_loss_coeff", kind=float),
 )
+_BEST_SCORES: tuple[Field, ...] = (
+    Field(("num_experts_per_tok",), "moe.router.top_k"),
+    _choice("router_scores", "moe.router.scores", legal.SCORES),
+    Field(("router_scaling_factor",), "moe.router.scaling_factor", kind=float),
+    Field(("expert_groups",), "moe.router.groups"),
+    Field(("top_groups",), "moe.router.top_groups", default=None, nullable=True),
+    _choice("group_score", "moe.router.group_score", legal.GROUP_SCORES),
+)
 _ROUTERS: dict[str, tuple[Field, ...]] = {
-    "top_k": (Field(("num_experts_per_tok",), "moe.router.top_k"),),
+    "top_k": _BEST_SCORES,
+    "expert_bias": (*_BEST_SCORES, Field(("pretraining.bias_rate",), "moe.router.bias_rate", kind=float)),
     "da_moe": (
         _choice("importance", "moe.router.importance", legal.IMPORTANCE),
         _choice("importance_direction", "moe.router.direction", legal.DIRECTIONS),
@@ -112,13 +134,14 @@ def _complete(config: Config, tree: dict[str, Any]) -> None:
     if not any(layers):
         return
     put_fields(config, _MOE, tree)
-    put(tree, "moe.layer_freq", layers)
+    tree["moe"]["layer_freq"] = layers
     put_fields(config, _ROUTERS[tree["moe"]["router"]["type"]], tree)
     if any(name.startswith("hyper.") for name in config):
         put_fields(config, _HYPER, tree)
 
 
 def _express(model: ModelConfig, config: dict[str, Any]) -> None:
+    config["auto_map"] = AUTO_MAP
     config["moe_layers"] = [int(model.is_moe_layer(i)) for i in range(model.num_layers)]
     if model.moe is None:
         return
@@ -141,10 +164,11 @@ def _express(model: ModelConfig, config: dict[str, Any]) -> None:
 
 
 class _Own(Architecture):
-    """Reads and writes groups of fields as fields with a dot; a value that others decide must be what they make it."""
+    """Reads and writes groups of fields as fields with a dot. A value that others decide must be what they make it, and
+    `auto_map` is not followed, whatever it names."""
 
     def read_config(self, config: Config) -> ModelConfig:
-        flat = _flat(config)
+        flat = _flat({name: value for name, value in config.items() if name != "auto_map"})
         model = super().read_config(flat)
         written = self.written(model)
         for name in ("position_buckets", "first_k", "max_k"):
@@ -156,13 +180,17 @@ class _Own(Architecture):
         return model
 
     def write_config(self, model: ModelConfig) -> dict[str, Any]:
-        nested: dict[str, Any] = {}
-        for name, value in super().write_config(model).items():
-            put(nested, name, value)
+        flat = super().write_config(model)
+        nested = {name: value for name, value in flat.items() if "." not in name}
+        for group in _GROUPS:
+            fields = {
+                name.removeprefix(f"{group}."): value for name, value in flat.items() if name.startswith(f"{group}.")
+            }
+            nested |= {group: fields} if fields else {}
         return nested
 
 
-def _flat(config: Config) -> Mapping[str, Any]:
+def _flat(config: Config) -> Config:
     flat = {name: value for name, value in config.items() if "." not in name or name.partition(".")[0] in _GROUPS}
     for group in _GROUPS:
         fields = flat.pop(group, None)
@@ -198,9 +226,4 @@ MOETRAIN = _Own(
     complete=_complete,
     express=_express,
     ignored=(),
-    auto_map={
-        "AutoConfig": "configuration_moetrain.MoetrainConfig",
-        "AutoModel": "modeling_moetrain.MoetrainModel",
-        "AutoModelForCausalLM": "modeling_moetrain.MoetrainForCausalLM",
-    },
 )

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-ROUTERS = ("top_k", "da_moe")
+ROUTERS = ("top_k", "expert_bias", "da_moe")
+SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("top2_sum", "max")
 GATES = ("raw", "renormalized")
 IMPORTANCE = ("self_weight", "row_max", "row_entropy", "predicted")
 DIRECTIONS = ("high", "low")
@@ -30,10 +32,17 @@ class MoetrainConfig(PretrainedConfig):
         head_dim: width of an attention head; default: hidden_size / num_attention_heads.
         qkv_bias: whether queries, keys and values have biases.
         qk_norm: RMSNorm of queries and keys: `head`, of each with one weight for all; `projection`, of all together.
-        router_type: `top_k` gives every token `num_experts_per_tok` experts; `da_moe` gives it between `min_k` and
-            `max_k`, from its importance in the same layer's attention.
-        router_gates: `raw` weighs an expert by its softmax probability over all experts, `renormalized` by that
-            probability divided by the sum over the selected ones.
+        shared_expert_intermediate_size: hidden units of an expert that every token gets with weight 1; None: none.
+        router_type: `top_k` gives every token `num_experts_per_tok` experts; `expert_bias` too, and chooses them by
+            score and a trained bias; `da_moe` gives it between `min_k` and `max_k`, from its importance in the same
+            layer's attention.
+        router_gates: `raw` weighs an expert by its score (with da_moe its probability), `renormalized` by that divided
+            by the sum over the selected ones.
+        router_scores: (top_k, expert_bias) `softmax`: probabilities over all experts; `sigmoid`: of each by itself.
+        router_scaling_factor: (top_k, expert_bias) on all weights.
+        expert_groups: (top_k, expert_bias) groups of neighboring experts, of which a token chooses from the best
+            `top_groups` (None: all), by the sum of a group's two best scores (`group_score`: top2_sum) or by its best
+            (max).
         importance: (da_moe) `self_weight`, `row_max` or `row_entropy` of the token's attention row, mean over heads; or
             `predicted` from the token's hidden state.
         importance_direction: (da_moe) whether tokens of `high` or of `low` importance get more experts.
@@ -77,6 +86,12 @@ class MoetrainConfig(PretrainedConfig):
         router_type: str = "top_k",
         num_experts_per_tok: int = 2,
         router_gates: str = "raw",
+        router_scores: str = "softmax",
+        router_scaling_factor: float = 1.0,
+        expert_groups: int = 1,
+        top_groups: int | None = None,
+        group_score: str = "top2_sum",
+        shared_expert_intermediate_size: int | None = None,
         importance: str = "self_weight",
         importance_direction: str = "high",
         budget: str = "mean_k",
@@ -110,6 +125,12 @@ class MoetrainConfig(PretrainedConfig):
         self.router_type = router_type
         self.num_experts_per_tok = num_experts_per_tok
         self.router_gates = router_gates
+        self.router_scores = router_scores
+        self.router_scaling_factor = router_scaling_factor
+        self.expert_groups = expert_groups
+        self.top_groups = top_groups
+        self.group_score = group_score
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.importance = importance
         self.importance_direction = importance_direction
         self.budget = budget
@@ -127,6 +148,8 @@ class MoetrainConfig(PretrainedConfig):
         for name, legal in (
             ("router_type", ROUTERS),
             ("router_gates", GATES),
+            ("router_scores", SCORES),
+            ("group_score", GROUP_SCORES),
             ("importance", IMPORTANCE),
             ("importance_direction", DIRECTIONS),
             ("budget", BUDGETS),
@@ -149,6 +172,17 @@ class MoetrainConfig(PretrainedConfig):
             raise ValueError(
                 f"a token may get {self.top_experts} experts; legal: 1 to num_experts ({self.num_experts})"
             )
+
+        if self.num_experts % self.expert_groups or not 1 <= self.chosen_groups <= self.expert_groups:
+            raise ValueError(
+                f"expert_groups ({self.expert_groups}) must divide num_experts ({self.num_experts}), and top_groups "
+                f"({self.top_groups}) must be 1 to expert_groups"
+            )
+
+    @property
+    def chosen_groups(self) -> int:
+        """Groups of experts that a token may choose from."""
+        return self.top_groups or self.expert_groups
 
     @property
     def top_experts(self) -> int:

@@ -181,6 +181,8 @@ class MoetrainRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        if config.router_type == "expert_bias":
+            self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         if config.router_type == "da_moe" and config.importance == "predicted":
             self.predictor = nn.Parameter(torch.empty(config.hidden_size))
         if config.has_thresholds:
@@ -194,19 +196,44 @@ class MoetrainRouter(nn.Module):
     def forward(self, x: Tensor, importance: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, d], importance [T] or None, positions [T] -> gates fp32 [T, E] (0 where not selected), selected bool
         [T, E], probabilities fp32 [T, E]."""
-        probabilities = F.linear(x.float(), self.weight.float()).softmax(-1)
-        best, experts = probabilities.topk(self.config.top_experts, dim=-1)
-        ranks = torch.arange(best.shape[-1], device=x.device)
+        scores = self._scores(F.linear(x.float(), self.weight.float()))
+        experts = self._preference(scores).topk(self.config.top_experts, dim=-1).indices
+        ranks = torch.arange(experts.shape[-1], device=x.device)
         kept = ranks < self._budget(x, importance, positions)[:, None]
-        best = best * kept
+        best = scores.gather(-1, experts) * kept
         if self.config.router_gates == "renormalized":
-            best = best / best.sum(-1, keepdim=True)
-        gates = torch.zeros_like(probabilities).scatter(-1, experts, best)
-        selected = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, experts, kept)
-        return gates, selected, probabilities
+            best = shares(best)
+        if self.config.router_type != "da_moe":
+            best = best * self.config.router_scaling_factor
+        gates = torch.zeros_like(scores).scatter(-1, experts, best)
+        selected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, kept)
+        return gates, selected, scores if self._is_softmax else shares(scores)
+
+    @property
+    def _is_softmax(self) -> bool:
+        return self.config.router_type == "da_moe" or self.config.router_scores == "softmax"
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        if self._is_softmax:
+            return logits.softmax(-1)
+        # The sigmoid as a softmax of (logit, 0): torch.sigmoid computes the last few elements of a tensor by another
+        # formula, so that a token's last bits would depend on the size of the batch.
+        return torch.stack((logits, torch.zeros_like(logits)), dim=-1).softmax(-1)[..., 0]
+
+    def _preference(self, scores: Tensor) -> Tensor:
+        """What experts are chosen by: -inf outside the token's best groups."""
+        config = self.config
+        order = scores + self.bias if config.router_type == "expert_bias" else scores
+        if config.router_type == "da_moe" or config.chosen_groups == config.expert_groups:
+            return order
+        grouped = order.unflatten(-1, (config.expert_groups, -1))
+        best = grouped.topk(min(grouped.shape[-1], 2 if config.group_score == "top2_sum" else 1), dim=-1).values
+        groups = best.sum(-1).topk(config.chosen_groups, dim=-1).indices
+        allowed = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=order.device).scatter(-1, groups, True)
+        return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves of the module (`.to`, `.half`) take the thresholds along; rounded ones would change the budgets."""
+        """Moves of the module (`.to`, `.half`) take controllers along; rounded ones would choose otherwise."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, kept in before.items():
@@ -234,6 +261,11 @@ class MoetrainRouter(nn.Module):
             above = importance[:, None] <= (-self.thresholds).sigmoid()[bucket]
         number = config.min_k + above.sum(-1)
         return number if config.first_k is None else torch.where(positions == 0, config.first_k, number)
+
+
+def shares(scores: Tensor) -> Tensor:
+    """Scores divided by their sum; 0 where all have vanished."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 class MoetrainMadeMatrix(nn.Linear):
@@ -369,7 +401,8 @@ class MoetrainHyper(nn.Module):
 
 
 class MoetrainMoE(nn.Module):
-    """Selected experts, weighted, plus the generated expert if the model is a HyperMoE."""
+    """Selected experts, weighted, plus the generated expert if the model is a HyperMoE, plus a shared one if it has
+    one."""
 
     def __init__(self, config: MoetrainConfig, layer: int) -> None:
         super().__init__()
@@ -377,6 +410,8 @@ class MoetrainMoE(nn.Module):
         self.experts = nn.ModuleList(
             MoetrainMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_experts = MoetrainMLP(config.hidden_size, config.shared_expert_intermediate_size)
         if config.hyper is not None:
             self.hyper = MoetrainHyper(config, layer)
 
@@ -394,6 +429,8 @@ class MoetrainMoE(nn.Module):
         output = output.to(x.dtype)
         if hasattr(self, "hyper"):
             output = output + self.hyper(tokens, selected, probabilities, shared)
+        if hasattr(self, "shared_experts"):
+            output = output + self.shared_experts(tokens)
         return output.view_as(x)
 
 

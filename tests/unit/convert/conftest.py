@@ -32,7 +32,7 @@ EXTRA = {
     "evaluation": {"iteration": 10, "loss": 3.5},
     "versions": {"moetrain": "0.1.0", "torch": "2.13.0"},
 }
-CONTROLLERS = ("thresholds", "quartiles", "offsets", "visits", "threshold")
+CONTROLLERS = ("router.bias", "thresholds", "quartiles", "offsets", "visits", "threshold")
 HYPER = {"bottleneck": 3, "hidden": 7, "expert_embedding": 5, "process": 6, "condition": 4, "layer_embedding": 2}
 HYPER_VARIANTS: dict[str, dict] = {
     "selected-layer": {"condition_on": "selected", "aggregation": "sum", "sharing": "layer"},
@@ -51,6 +51,28 @@ KINDS: dict[str, dict] = {
     "da_moe-normed-projections": {"qk_layernorm": "projection", "moe": {"router": DA | {"importance": "row_max"}}},
     "top_k-renormalized": {
         "moe": {"ffn_hidden_size": 12, "router": {"type": "top_k", "top_k": 3, "gates": "renormalized"}}
+    },
+    "top_k-sigmoid-shared": {
+        "moe": {
+            "num_experts": 6,
+            "shared_expert_ffn_hidden_size": 11,
+            "router": {"type": "top_k", "scores": "sigmoid", "scaling_factor": 2.5, "gates": "renormalized"},
+            "hyper": HYPER | {"aggregation": "prob", "coefficient": "selected_probability"},
+        }
+    },
+    "top_k-groups": {
+        "moe": {
+            "num_experts": 6,
+            "router": {"type": "top_k", "groups": 3, "top_groups": 2, "group_score": "max", "scaling_factor": 1.5},
+        }
+    },
+    "expert_bias-groups-hyper": {
+        "moe": {
+            "num_experts": 6,
+            "shared_expert_ffn_hidden_size": 9,
+            "router": {"type": "expert_bias", "groups": 3, "top_groups": 2, "top_k": 3, "bias_rate": 0.01},
+            "hyper": HYPER,
+        }
     },
     "top_k-hyper": {"moe": {"layer_freq": [1, 0, 1], "hyper": HYPER}},
     "top_k-hyper-sum-tied": {
@@ -210,7 +232,7 @@ def _pieces(weights: dict[str, Tensor]) -> list[Piece]:
     """Weights, controllers, and the optimizer and random states that an export must pass by."""
     pieces = [Piece.whole("rng.0", torch.zeros(16, dtype=torch.uint8))]
     for name, tensor in weights.items():
-        if name.rpartition(".")[2] in CONTROLLERS:
+        if name.endswith(CONTROLLERS):
             pieces.append(Piece.whole(f"controller.{name}", tensor))
             continue
         pieces.append(Piece.whole(f"weight.{name}", tensor))

@@ -333,12 +333,10 @@ def test_the_command_leaves_no_export_that_failed_its_verification(run, tmp_path
 @pytest.mark.parametrize(
     ("router", "message"),
     [
-        ({"type": "top_k", "scores": "sigmoid"}, r"router\.scores \(sigmoid\).*softmax only"),
-        ({"type": "top_k", "groups": 5, "top_groups": 3}, r"router\.groups \(5\).*groups 1 only"),
-        ({"type": "top_k", "scaling_factor": 2.5}, r"router\.scaling_factor \(2\.5\).*scaling_factor 1\.0 only"),
+        ({"type": "da_moe", "importance": "random"}, r"router\.importance \(random\).*it has: self_weight"),
         *(
-            ({"type": kind}, rf"router\.type \({kind}\).*it has: top_k, da_moe")
-            for kind in ("expert_bias", "top_p", "relu", "bias_threshold")
+            ({"type": kind}, rf"router\.type \({kind}\).*it has: top_k, expert_bias, da_moe")
+            for kind in ("top_p", "relu", "bias_threshold")
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.config.routers import DAMoERouterConfig
+from moetrain.config.routers import DAMoERouterConfig, ExpertBiasRouterConfig, TopKRouterConfig
 from moetrain.config.schema import ModelConfig, MoEConfig
 
 Weights = dict[str, Tensor]
@@ -152,16 +152,31 @@ def generated_expert(
     return up @ (down @ x + linear(network + "down_bias", code)).relu() + linear(network + "up_bias", code)
 
 
+def best_groups(worth: Tensor, router: TopKRouterConfig | ExpertBiasRouterConfig) -> list[int]:
+    """Experts of the groups that a token may choose from."""
+    size = len(worth) // router.groups
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(router.groups)]
+    counted = 1 if router.group_score == "max" else 2
+    groups.sort(key=lambda group: -sum(sorted((float(worth[e]) for e in group), reverse=True)[:counted]))
+    return [e for group in groups[: router.top_groups] for e in group]
+
+
 def moe_token(
     w: Weights, prefix: str, x: Tensor, importance: float, position: int, layer: int, model: ModelConfig
 ) -> Tensor:
     moe = model.moe
-    p = (w[prefix + "router.weight"] @ x).softmax(0)
-    chosen = sorted(range(moe.num_experts), key=lambda e: -p[e])[: budget(w, prefix, x, importance, position, moe)]
-    total = sum(p[e] for e in chosen) if moe.router.gates == "renormalized" else 1.0
+    logits, router = w[prefix + "router.weight"] @ x, moe.router
+    score = 1 / (1 + (-logits).exp()) if getattr(router, "scores", "softmax") == "sigmoid" else logits.softmax(0)
+    worth = score + w.get(prefix + "router.bias", 0)
+    visible = best_groups(worth, router) if getattr(router, "top_groups", None) else list(range(moe.num_experts))
+    chosen = sorted(visible, key=lambda e: -worth[e])[: budget(w, prefix, x, importance, position, moe)]
+    total = sum(score[e] for e in chosen) if router.gates == "renormalized" else 1.0
+    factor, p = getattr(router, "scaling_factor", 1.0), score / score.sum()
     y = torch.zeros_like(x)
     for e in chosen:
-        y += p[e] / total * swiglu(x, w[prefix + "experts.fc1"][e], w[prefix + "experts.fc2"][e])
+        y += factor * score[e] / total * swiglu(x, w[prefix + "experts.fc1"][e], w[prefix + "experts.fc2"][e])
+    if moe.shared_expert_ffn_hidden_size is not None:
+        y += swiglu(x, w[prefix + "shared_expert.fc1"], w[prefix + "shared_expert.fc2"])
     if moe.hyper is not None:
         gated = moe.hyper.coefficient == "selected_probability"
         y += generated_expert(w, prefix + "hyper.", x, chosen, p, layer, model) * (p[chosen].sum() if gated else 1)

@@ -25,11 +25,12 @@ from moetrain.data.tokenizers import load_tokenizer
 from moetrain.errors import ConversionError
 from moetrain.model.reference_logits import megatron_logits
 
-from .conftest import CONTROLLERS, DA, KINDS, make_model
+from .conftest import DA, KINDS, make_model
 
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
 TRAINING = {"aux_loss": "global_batch", "aux_loss_coeff": 0.02, "z_loss_coeff": 1e-3}
 BOTH = "da_moe-hyper"
+STATE = ("thresholds", "quartiles", "offsets", "visits", "threshold")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,7 +96,7 @@ def test_what_comes_back_is_the_model_and_the_state_of_its_controllers(
             kept = {name for name in trained.names() if name.startswith(("weight.", "controller."))}
             loads = {f"controller.decoder.layers.{i}.mlp.losses.load" for i in (1,)}
             assert set(reader.names()) == kept | loads
-            assert {name.rpartition(".")[2] for name in kept if name.startswith("controller.")} == set(CONTROLLERS)
+            assert {name.rpartition(".")[2] for name in kept if name.startswith("controller.")} == set(STATE)
             assert all(torch.equal(reader.read(name), trained.read(name)) for name in kept)
             for name in loads:
                 assert torch.equal(reader.read(name), torch.full((5,), 1.7 / 5))
@@ -129,7 +130,7 @@ def test_a_model_that_transformers_trained_on_comes_back(exported: Callable[...,
     with CheckpointReader(folder.parent / "imported") as reader, torch.no_grad():
         assert (megatron_logits(reader, tokens) - network.eval()(tokens, use_cache=False).logits).abs().max() < 5e-5
         stored = load_file(folder / "model.safetensors")
-        for name in CONTROLLERS:
+        for name in STATE:
             theirs = stored[f"model.layers.1.mlp.gate.{name}"]
             assert torch.equal(reader.read(f"controller.decoder.layers.1.mlp.router.{name}"), theirs)
     assert report.model.moe.router.mean_k == 2.0 and "set data.tokenizer" in report.notes[0]
@@ -147,7 +148,9 @@ def test_the_command_imports_and_verifies_without_the_folders_code(exported: Cal
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("kind", ["dense-tied", "top_k-hyper", "da_moe-row_entropy-mean_k", BOTH])
+@pytest.mark.parametrize(
+    "kind", ["dense-tied", "top_k-sigmoid-shared", "expert_bias-groups-hyper", "da_moe-row_entropy-mean_k", BOTH]
+)
 def test_logits_survive_the_circle(kind: str, exported: Callable[..., Path]) -> None:
     folder = exported(kind)
     report = import_hf(folder, folder.parent / "imported", verify=True, announce=QUIET)
@@ -175,7 +178,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (BOTH, {"qk_norm": "batch"}, r"model\.qk_layernorm: Input should be"),
     (BOTH, {"rope_theta": 0.0}, r"model\.rotary_base: .*greater than 0"),
     (BOTH, {"rope_theta": [1.0]}, "rope_theta is .*type float"),
-    (BOTH, {"router_type": "hash"}, 'router_type is "hash".*legal: "top_k", "da_moe"'),
+    (BOTH, {"router_type": "hash"}, 'router_type is "hash".*legal: "top_k", "expert_bias", "da_moe"'),
     (BOTH, {"router_gates": ["raw"]}, "router_gates is"),
     (BOTH, {"importance": "col_max"}, 'importance is "col_max".*legal: "self_weight"'),
     (BOTH, {"budget": None}, "budget is null"),
@@ -203,6 +206,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (BOTH, {"hyper.condition_on": "random_fixed"}, r"hyper\.condition_on is \"random_fixed\".*legal: \"unselected\""),
     (BOTH, {"hyper.sharing": "stage"}, r"stages \(a number\) and sharing: stage need each other"),
     (BOTH, {"hyper.surprise": 1}, r"hyper\.surprise is 1.*no such field"),
+    ("top_k-groups", {"expert_groups": 4}, r"router\.groups \(4\) must divide num_experts \(6\)"),
+    ("top_k-groups", {"top_groups": 4}, r"router\.top_groups \(4\) must not exceed router\.groups \(3\)"),
+    ("top_k-groups", {"router_scores": "tanh"}, 'router_scores is "tanh".*legal: "softmax", "sigmoid"'),
+    ("top_k-groups", {"shared_expert_intermediate_size": 8}, r"lacks 9 tensor\(s\): .*shared_experts"),
     ("top_k", {"num_experts_per_tok": 6}, r"router\.top_k \(6\) must not exceed num_experts \(5\)"),
     ("top_k", {"vocab_size": 305}, r"embed_tokens\.weight has shape \[304, 24\].*says \[305, 24\]"),
 ]

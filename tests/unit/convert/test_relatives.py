@@ -17,7 +17,6 @@ UNKNOWN = {
     "router_state": {"type": "gating_residual"},
     "expert_widths": [9, 8, 10, 9, 9],
     "cartesian": {},
-    "shared_expert_ffn_hidden_size": 4,
 }
 
 
