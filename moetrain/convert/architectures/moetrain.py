@@ -21,6 +21,7 @@ from moetrain.convert.architectures.decoder import (
     ROUTER,
     THEIR_MLP,
 )
+from moetrain.convert.architectures.deepseek_experts import SHARED_EXPERT
 from moetrain.convert.hf_modeling import configuration_moetrain as legal
 from moetrain.convert.mapping import Rule, same
 from moetrain.errors import ConversionError
@@ -49,12 +50,7 @@ RULES: tuple[Rule, ...] = (
     ROUTER,
     # A rounded bias would choose other experts, too.
     same(MLP + "router.bias", THEIR_MLP + "gate.bias", keep_fp32=True),
-    Rule(
-        MLP + "shared_expert.fc1",
-        (THEIR_MLP + "shared_experts.gate_proj.weight", THEIR_MLP + "shared_experts.up_proj.weight"),
-        "split_gate_up",
-    ),
-    same(MLP + "shared_expert.fc2", THEIR_MLP + "shared_experts.down_proj.weight"),
+    *SHARED_EXPERT,
     same(MLP + "router.predictor", THEIR_MLP + "gate.predictor"),
     # Rounding thresholds to bf16 would change the number of experts of many tokens, so they never leave fp32.
     *(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.config.schema import ModelConfig
 from moetrain.convert.architectures.moetrain import RULES
-from moetrain.convert.hf import hf_config
+from moetrain.convert.hf_config import hf_config
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM, MoetrainRouter
 from moetrain.convert.mapping import ParamMap
 from moetrain.report.passages import Passage, Reading
