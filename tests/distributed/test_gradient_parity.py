@@ -23,18 +23,20 @@ from moetrain.train.step import TrainStep
 LAYOUT = next(layout for layout in LAYOUTS if layout.name == "tp2+sp x pp2 interleaved x ep2")
 PREDICTED = {"type": "da_moe", "importance": "predicted", "mean_k": 2.0}
 SIZES = {"bottleneck": 4, "hidden": 8, "expert_embedding": 6, "process": 10, "condition": 8, "layer_embedding": 4}
+LATENT = {"q_lora_rank": 11, "kv_lora_rank": 9, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 7}
+HYPER, ROUTER = "model__moe__hyper", "model__moe__router"
 VARIANTS: dict[str, dict[str, Any]] = {
     "the parity table's": {},
-    "predicted": {"router": PREDICTED},
-    "one hypernetwork a layer": {"hyper": SIZES | {"sharing": "layer"}},
-    "stages, gated": {"hyper": SIZES | {"sharing": "stage", "stages": 2, "coefficient": "selected_probability"}},
-    "by probability": {"hyper": SIZES | {"aggregation": "prob", "embeddings": "model"}},
+    "predicted": {ROUTER: PREDICTED},
+    "one hypernetwork a layer": {HYPER: SIZES | {"sharing": "layer"}},
+    "stages, gated": {HYPER: SIZES | {"sharing": "stage", "stages": 2, "coefficient": "selected_probability"}},
+    "by probability": {HYPER: SIZES | {"aggregation": "prob", "embeddings": "model"}},
+    "latent attention": {"model__multi_latent_attention": LATENT, "model__num_query_groups": None},
 }
 
 
 def config_of(variant: str, layout: Layout) -> RunConfig:
-    changes = {f"model__moe__{key}": value for key, value in VARIANTS[variant].items()}
-    return tiny_config(layout, model__moe__layer_freq=[1, 1, 1, 1], **changes)
+    return tiny_config(layout, model__moe__layer_freq=[1, 1, 1, 1], **VARIANTS[variant])
 
 
 def gradients(layout: Layout) -> dict[str, dict[str, torch.Tensor]]:

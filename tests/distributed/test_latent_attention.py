@@ -42,7 +42,8 @@ LATENT = {"kv_lora_rank": 9, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head
 YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 1.0}
 ROUTER = {"type": "expert_bias", "gates": "renormalized", "groups": 2, "top_groups": 1, "top_k": 2}
 BATCH = 4
-# Without the hyper-expert, whose tiny first weights would be the largest difference of all layouts.
+# Without the hyper-expert, whose tiny first weights Adam would make the largest difference of all layouts; its
+# gradients beside latent attention are compared in test_gradient_parity.py.
 BASE = {"model__num_query_groups": None, "model__moe__hyper": None, "training__global_batch_size": BATCH}
 IMPORTANCE, DEEPSEEK, HALVES = "importance of each token", "DeepSeek-V3", "values wider than keys, halves rotate"
 VARIANTS: dict[str, dict] = {
