@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.loader import config_from_dict, config_to_dict
-from moetrain.config.schema import ModelConfig, RunConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import RunConfig
 from moetrain.config.size import parameter_count, parameter_shapes
 from moetrain.errors import MoetrainError
 

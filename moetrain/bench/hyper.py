@@ -9,7 +9,7 @@ from moetrain.bench.experts import TORCH_DTYPES, Layer
 from moetrain.bench.layer import Formulation, forward_and_backward, our_layer
 from moetrain.bench.problem import Contender, Problem
 from moetrain.bench.results import Point
-from moetrain.config.schema import HyperConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.moe.hyper import HyperExperts
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
 

@@ -12,8 +12,10 @@ from rich.table import Table
 from moetrain.cli.arguments import Words, split_words
 from moetrain.config.layout import ParallelLayout, check_layout, smallest_world
 from moetrain.config.loader import dump_yaml, fingerprint, json_schema, load_config
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import MoEConfig
 from moetrain.config.relatives import capacities, relatives_used
-from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
+from moetrain.config.schema import RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.moe.memory import dispatch_bound
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from moetrain.config.section import PositiveFloat, PositiveInt, Section
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import ModelConfig
+    from moetrain.config.model import ModelConfig
 
 
 # Wide beyond any use, and narrow enough for logarithms.

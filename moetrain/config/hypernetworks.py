@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import ModelConfig
+    from moetrain.config.model import ModelConfig
 
 
 def hypernetworks(model: ModelConfig) -> dict[str, range]:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moetrain.config.schema import ModelConfig, ParallelConfig, RunConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import ParallelConfig, RunConfig
 from moetrain.errors import LayoutError
 
 GroupKind = Literal["tensor", "pipeline", "data", "model", "expert", "expert_data", "embedding"]

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from moetrain.config.section import Count, PositiveFloat, PositiveInt, Section
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import ModelConfig, MoEConfig
+    from moetrain.config.model import ModelConfig
+    from moetrain.config.moe import MoEConfig
 
 DEFAULT_STATE_WIDTH = 128
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moetrain.config.hypernetworks import hypernetworks
+from moetrain.config.model import Activation, ModelConfig
+from moetrain.config.moe import HyperConfig, MoEConfig
 from moetrain.config.relatives import gate_width, state_width
-from moetrain.config.schema import Activation, HyperConfig, ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True)

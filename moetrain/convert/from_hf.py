@@ -23,7 +23,8 @@ from moetrain.checkpoint.reader import CheckpointReader
 from moetrain.checkpoint.store import Piece
 from moetrain.config.hypernetworks import moe_layers
 from moetrain.config.loader import config_from_dict
-from moetrain.config.schema import ModelConfig, RunConfig, TokenizerConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import RunConfig, TokenizerConfig
 from moetrain.config.size import parameter_shapes
 from moetrain.config.yaml_tree import write_yaml
 from moetrain.convert import hf_modeling

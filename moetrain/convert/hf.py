@@ -22,7 +22,8 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import GenerationConfig
 
-from moetrain.config.schema import ModelConfig, RunConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import RunConfig
 from moetrain.convert import hf_modeling
 from moetrain.convert.architectures import STOCK
 from moetrain.convert.architectures.moetrain import MOETRAIN, RULES

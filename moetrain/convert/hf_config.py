@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.model import ModelConfig as OurConfig
 from moetrain.config.relatives import relatives_used
-from moetrain.config.routers import DAMoERouterConfig
-from moetrain.config.schema import ModelConfig as OurConfig
 from moetrain.config.schema import RunConfig
 from moetrain.convert.architectures.moetrain import MOETRAIN
 from moetrain.convert.hf_modeling.configuration_moetrain import IMPORTANCE, MoetrainConfig

@@ -21,8 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moetrain.config.routers import DAMoERouterConfig, ExpertBiasRouterConfig
-from moetrain.config.schema import ModelConfig
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.routers import ExpertBiasRouterConfig
 from moetrain.config.size import parameter_shapes
 from moetrain.errors import ConversionError
 

@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 
-from moetrain.config.routers import DAMoERouterConfig
-from moetrain.config.schema import HyperConfig, ModelConfig
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.config.size import parameter_count
 from moetrain.convert.training_record import FILE, TrainingRecord
 

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moetrain.checkpoint.compatibility import model_differences
+from moetrain.config.da_moe import DAMoERouterConfig
 from moetrain.config.loader import config_to_dict
-from moetrain.config.routers import DAMoERouterConfig, ExpertBiasRouterConfig, RouterConfig, TopKRouterConfig
-from moetrain.config.schema import ModelConfig, MoEConfig, RunConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import MoEConfig
+from moetrain.config.routers import ExpertBiasRouterConfig, TopKRouterConfig
+from moetrain.config.routing import RouterConfig
+from moetrain.config.schema import RunConfig
 from moetrain.errors import ConversionError
 
 # Decided layer by layer, or of no consequence for what a weight means.

@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from moetrain.config.hypernetworks import moe_layers
+from moetrain.config.model import ModelConfig
 from moetrain.config.relatives import state_width
-from moetrain.config.schema import ModelConfig, ParallelConfig
+from moetrain.config.schema import ParallelConfig
 from moetrain.model.attention import ImportanceAttention
 from moetrain.model.decoder import Decoder, MoETransformerLayer, ParallelRMSNorm, global_layers
 from moetrain.model.latent_attention import LatentAttention

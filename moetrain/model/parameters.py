@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moetrain.config.hypernetworks import moe_layers
 from moetrain.config.layout import ParallelLayout
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.config.relatives import gate_width, state_width
-from moetrain.config.schema import HyperConfig, ModelConfig
 from moetrain.model.decoder import Decoder, global_layers
 from moetrain.model.qk_norm import ProjectionRMSNorm
 from moetrain.model.relative_positions import RelativePositions

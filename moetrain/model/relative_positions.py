@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.ops import weights_importance
 
 

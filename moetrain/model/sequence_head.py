@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config.schema import HeadConfig
+from moetrain.config.model import HeadConfig
 from moetrain.model.decoder import Decoder
 
 

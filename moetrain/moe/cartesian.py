@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config.schema import MoEConfig
+from moetrain.config.moe import MoEConfig
 from moetrain.moe.layer import MoELayer
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.config.schema import DispatchConfig
+from moetrain.config.moe import DispatchConfig
 from moetrain.moe.diverse_experts import DiverseExperts
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.round_trips import RoundTrips, Route, arrival_plan, by_rounds

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import Activation
+from moetrain.config.model import Activation
 from moetrain.config.size import projections_in
 from moetrain.moe.experts import run_experts
 from moetrain.ops import PermutePlan, combine, permute, unpermute

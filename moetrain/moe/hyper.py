@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.config.schema import HyperConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding, set_linear
 from moetrain.ops import generated_experts, plan_permutation
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from moetrain.config.hypernetworks import hypernetworks, moe_layers
-from moetrain.config.schema import HyperConfig, ModelConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.moe.hyper import HyperExperts, StaticExpert
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding
 

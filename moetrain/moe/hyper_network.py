@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config.schema import HyperConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.ops import row_invariant_linear
 
 

@@ -14,8 +14,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import MoEConfig
 from moetrain.config.relatives import capacities, gate_width
-from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.moe.capacity import most_probable_within_capacity, within_capacity
 from moetrain.moe.computation_free import ComputationFreeExperts
 from moetrain.moe.dispatcher import TokenDispatcher

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.config.moe import MoEConfig
 from moetrain.config.relatives import expected_shares
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.controllers import Controlled
 from moetrain.moe.routing import RoutingContext, RoutingDecision
 from moetrain.moe.telemetry import RouterCounts

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moetrain.config.moe import MoEConfig
 from moetrain.config.relatives import state_width
-from moetrain.config.schema import MoEConfig
 from moetrain.ops import row_invariant_linear
 
 

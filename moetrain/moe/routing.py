@@ -19,7 +19,7 @@ from moetrain.moe.telemetry import RouterCounts
 from moetrain.ops import row_invariant_linear
 
 if TYPE_CHECKING:  # a plug-in's settings may stand beside its module, and the schema loads them while it is made
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config.schema import Activation
+from moetrain.config.model import Activation
 from moetrain.config.size import projections_in
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moetrain.config.schema import MoEConfig
+from moetrain.config.moe import MoEConfig
 from moetrain.report.metrics_table import Frames, MetricsTable, Series
 from moetrain.report.thinning import MAX_CELLS, columns, columns_for, pack_ratios, pack_shares, thin
 

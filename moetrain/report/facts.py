@@ -9,7 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from moetrain.config.layout import ParallelLayout
-from moetrain.config.schema import ModelConfig, RunConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import RunConfig
 from moetrain.config.size import parameter_count
 from moetrain.errors import LayoutError
 from moetrain.report.charts import mean_k_budget

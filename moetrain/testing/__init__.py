@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moetrain.config.routers import RouterConfig
+    from moetrain.config.routing import RouterConfig
 
 _PRELOAD = [
     "torch",

@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from moetrain.config.routers import RouterConfig, TopKRouterConfig
-from moetrain.config.schema import MoEConfig
+from moetrain.config.moe import MoEConfig
+from moetrain.config.routers import TopKRouterConfig
+from moetrain.config.routing import RouterConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, build_router
 from moetrain.moe.telemetry import RouterCounts
 from moetrain.ops import plan_permutation

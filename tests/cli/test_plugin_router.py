@@ -82,7 +82,7 @@ def test_the_page_s_router_keeps_the_contract_without_being_installed(
 
 
 def test_the_page_s_settings_of_deepseek_v3_are_legal() -> None:
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
     router = yaml.safe_load(blocks("yaml")[0])["router"]
     moe = MoEConfig.model_validate({"num_experts": 256, "ffn_hidden_size": 2048, "router": router})

@@ -15,7 +15,7 @@ from allocations import peak_scratch
 from parity import LAYOUTS, SINGLE, Layout, Trajectory, differences, tiny_config, train_all
 from torch import Tensor
 
-from moetrain.config.schema import DispatchConfig
+from moetrain.config.moe import DispatchConfig
 from moetrain.moe import dispatcher as dispatcher_module
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts

@@ -11,7 +11,7 @@ import torch
 from encoders import batch_of, classifier_config, encoder_config
 from parity import layout_of
 
-from moetrain.config.routers import DAMoERouterConfig
+from moetrain.config.da_moe import DAMoERouterConfig
 from moetrain.config.schema import RunConfig
 from moetrain.model.build import build_chunks
 from moetrain.model.parameters import describe_parameters, initialize, named_parameters

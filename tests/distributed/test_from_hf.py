@@ -12,7 +12,8 @@ from stock_models import save_stock
 
 from moetrain.checkpoint import CheckpointReader
 from moetrain.config.loader import config_from_dict
-from moetrain.config.schema import ModelConfig, ParallelConfig, RunConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import ParallelConfig, RunConfig
 from moetrain.convert.from_hf import import_hf
 from moetrain.convert.hf_config import hf_config
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM

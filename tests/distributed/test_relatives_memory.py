@@ -7,7 +7,7 @@ import torch
 from allocations import peak_scratch
 
 from moetrain.config.layout import ParallelLayout
-from moetrain.config.schema import DispatchConfig
+from moetrain.config.moe import DispatchConfig
 from moetrain.moe.dispatcher import TokenDispatcher
 from moetrain.moe.diverse_experts import DiverseExperts
 from moetrain.moe.experts import GroupedExperts

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from moetrain.checkpoint.compatibility import model_differences
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.block_scales import has_block_scales
 from moetrain.convert.mapping import Rule
 from moetrain.errors import ConversionError

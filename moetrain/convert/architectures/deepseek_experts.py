@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.architectures.base import Config, refuse
 from moetrain.convert.architectures.decoder import MLP, THEIR_MLP
 from moetrain.convert.mapping import Rule, same

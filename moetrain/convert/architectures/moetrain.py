@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.config.routers import DAMoERouterConfig
-from moetrain.config.schema import ModelConfig
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.architectures.base import Architecture, Config, Field, Fixed, put_fields, refuse, words_of
 from moetrain.convert.architectures.decoder import (
     COMMON,

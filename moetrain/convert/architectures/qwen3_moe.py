@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.architectures.base import Architecture, Config, Field, refuse
 from moetrain.convert.architectures.decoder import (
     AUX_LOSS,

@@ -17,7 +17,7 @@ from moetrain.moe.scores import shares, sigmoid
 from moetrain.moe.telemetry import RouterCounts
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
 _TYPICAL_STD = 0.02  # of a gate's initial weights
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config.routers import DAMoERouterConfig
-from moetrain.config.schema import MoEConfig
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.moe import MoEConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, take_best
 from moetrain.moe.telemetry import RouterCounts
 from moetrain.moe.thresholds import QuantileState, ThresholdCounts

@@ -15,7 +15,7 @@ from moetrain.moe.routers.top_k import TopKRouter
 from moetrain.moe.telemetry import RouterCounts
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
 
 class ExpertBiasRouter(TopKRouter):

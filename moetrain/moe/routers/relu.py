@@ -16,7 +16,7 @@ from moetrain.moe.routing import LoadPenalty, Router, RoutingContext, RoutingDec
 from moetrain.moe.telemetry import RouterCounts
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
 _LARGEST_COEFF = 1e3  # so that a target out of reach cannot wind the coefficient up to infinity
 

@@ -15,7 +15,7 @@ from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, take_b
 from moetrain.moe.scores import only_best_groups, scores_of, shares
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
 
 class TopKRouter(Router):

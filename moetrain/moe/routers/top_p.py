@@ -15,7 +15,7 @@ from moetrain.config.routers import TopPRouterConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, take_best
 
 if TYPE_CHECKING:
-    from moetrain.config.schema import MoEConfig
+    from moetrain.config.moe import MoEConfig
 
 
 class TopPRouter(Router):

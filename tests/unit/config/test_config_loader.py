@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from moetrain.config.da_moe import DAMoERouterConfig
 from moetrain.config.loader import (
     PATH_SETTINGS,
     config_from_dict,
@@ -20,7 +21,7 @@ from moetrain.config.loader import (
     load_config,
 )
 from moetrain.config.registry import FAMILIAR_NAMES, edit_distance, nearest_setting, setting_paths, variant_paths
-from moetrain.config.routers import BUILT_IN, DAMoERouterConfig, TopKRouterConfig
+from moetrain.config.routers import BUILT_IN, TopKRouterConfig
 from moetrain.config.schema import RunConfig
 from moetrain.errors import ConfigError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.arguments import split_words
+from moetrain.config.da_moe import DAMoERouterConfig
 from moetrain.config.layout import check_layout, smallest_world
 from moetrain.config.loader import load_config
-from moetrain.config.routers import DAMoERouterConfig
 from moetrain.config.size import parameter_count
 from moetrain.config.yaml_tree import read_yaml
 

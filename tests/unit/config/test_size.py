@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moetrain.config.loader import config_from_dict
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.config.size import flops_per_token, parameter_count, parameter_shapes
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint import Manifest, Piece, save_shard
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.architectures.moetrain import RULES
 from moetrain.convert.hf_config import hf_config
 from moetrain.convert.hf_modeling.modeling_moetrain import MoetrainForCausalLM

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from moetrain.checkpoint import CheckpointReader
 from moetrain.cli.convert import app
 from moetrain.config.loader import config_from_dict, load_config
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.config.size import parameter_count
 from moetrain.convert.architectures import STOCK
 from moetrain.convert.from_hf import import_hf

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from moetrain.checkpoint import CheckpointReader
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.from_hf import import_hf
 from moetrain.convert.hf import export_hf
 from moetrain.convert.model_card import model_card

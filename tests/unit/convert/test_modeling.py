@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.config.routers import DAMoERouterConfig, ExpertBiasRouterConfig, TopKRouterConfig
-from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import MoEConfig
+from moetrain.config.routers import ExpertBiasRouterConfig, TopKRouterConfig
 
 Weights = dict[str, Tensor]
 BUDGETS = ("mean_k", "paper")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moetrain.checkpoint import CheckpointReader
 from moetrain.cli.convert import app
 from moetrain.config.loader import config_from_dict, load_config
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.from_hf import import_hf
 from moetrain.convert.hf import export_hf
 from moetrain.data.tokenizers import load_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moetrain.config.schema import ModelConfig
+from moetrain.config.model import ModelConfig
 from moetrain.convert.hf_config import hf_config
 from moetrain.errors import ConversionError
 

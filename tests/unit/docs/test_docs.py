@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moetrain.config.loader import config_from_dict
+from moetrain.config.model import ModelConfig
 from moetrain.config.registry import setting_paths
-from moetrain.config.schema import ModelConfig
 from moetrain.config.size import parameter_shapes
 
 from .reading import ROOT, anchors, console_commands, links, pages, rows, split_fences

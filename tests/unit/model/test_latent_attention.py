@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from moetrain.config.attention import MultiLatentAttentionConfig, YarnConfig
 from moetrain.config.layout import ParallelLayout
-from moetrain.config.schema import ModelConfig, ParallelConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.schema import ParallelConfig
 from moetrain.model.build import build_chunks
 from moetrain.model.rotary import frequencies
 from moetrain.runtime.groups import ParallelGroups, create_groups, destroy_groups

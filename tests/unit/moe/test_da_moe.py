@@ -9,8 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from moetrain.config.routers import DAMoERouterConfig, rank_shares
-from moetrain.config.schema import MoEConfig
+from moetrain.config.da_moe import DAMoERouterConfig, rank_shares
+from moetrain.config.moe import MoEConfig
 from moetrain.moe.routers.da_moe import DAMoERouter
 from moetrain.moe.routing import RoutingContext, RoutingDecision
 from moetrain.moe.telemetry import RouterCounts

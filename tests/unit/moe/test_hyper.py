@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.schema import HyperConfig
+from moetrain.config.moe import HyperConfig
 from moetrain.moe.hyper import FORMS, HyperExperts, StaticExpert, distinct_sets, prefer_grouped
 from moetrain.moe.hyper_network import HyperNetwork, SelectionEmbedding, fixed_embedding
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.config.moe import MoEConfig
 from moetrain.config.relatives import ComputationFreeConfig
 from moetrain.config.routers import TopKRouterConfig
-from moetrain.config.schema import MoEConfig
 from moetrain.moe.losses import RouterLosses
 from moetrain.moe.routing import LoadPenalty, RoutingContext, RoutingDecision
 from moetrain.moe.telemetry import RouterCounts

@@ -7,17 +7,17 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.moe import MoEConfig
 from moetrain.config.routers import (
     BUILT_IN,
     BiasThresholdRouterConfig,
-    DAMoERouterConfig,
     ExpertBiasRouterConfig,
     ReLURouterConfig,
-    RouterConfig,
     TopKRouterConfig,
     TopPRouterConfig,
 )
-from moetrain.config.schema import MoEConfig
+from moetrain.config.routing import RouterConfig
 from moetrain.moe.routers.top_k import TopKRouter
 from moetrain.moe.routing import RoutingContext, RoutingDecision, build_router
 from moetrain.testing import check_router

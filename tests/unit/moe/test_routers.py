@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from moetrain.config.moe import MoEConfig
 from moetrain.config.routers import (
     BiasThresholdRouterConfig,
     ExpertBiasRouterConfig,
     ReLURouterConfig,
-    RouterConfig,
     TopKRouterConfig,
     TopPRouterConfig,
 )
-from moetrain.config.schema import MoEConfig
+from moetrain.config.routing import RouterConfig
 from moetrain.moe.losses import RouterLosses
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, build_router
 from moetrain.moe.telemetry import RouterCounts

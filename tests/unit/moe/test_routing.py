@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config.routers import DAMoERouterConfig, TopKRouterConfig
-from moetrain.config.schema import MoEConfig
+from moetrain.config.da_moe import DAMoERouterConfig
+from moetrain.config.moe import MoEConfig
+from moetrain.config.routers import TopKRouterConfig
 from moetrain.moe.routing import Router, RoutingContext, RoutingDecision, build_router
 
 D, E = 6, 8
