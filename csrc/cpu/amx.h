@@ -7,7 +7,7 @@
 //   rows   [16 outer][32 k]            the left operand of the tile product; its outer axis becomes the block's rows
 //   pairs  [16 pairs of k][16 outer][2]  the right operand; its outer axis becomes the block's columns
 // A packed half block is a sequence of tiles along k; a block is two halves of 16 outer. Whatever sticks out of the
-// operand is zero, so tails run the same instructions, and nothing uninitialised is read.
+// operand is zero, so tails run the same instructions, and nothing uninitialized is read.
 //
 // The sum over k runs upwards through one chain of tile products an element: its bits depend on its row and column.
 #pragma once
@@ -138,7 +138,7 @@ inline void pack_half_contiguous(const Source& x, int64_t outer, int64_t count, 
   }
 }
 
-// Two neighbouring k interleave into pairs; a tile of rows is the transpose of that. `row(i)` loads 32 outer of k + i.
+// Two neighboring k interleave into pairs; a tile of rows is the transpose of that. `row(i)` loads 32 outer of k + i.
 template <Form kForm, class Row>
 inline void interleave_tile(const Row& row, bf16* low, bf16* high) {
   __m512i r_low[16], r_high[16];
@@ -403,7 +403,7 @@ inline void to_pairs_of_rows(const float* c, int64_t half, __m512i (&r)[16]) {
   }
 }
 
-// Two neighbouring blocks, whole lines in pairs: memory takes 128 bytes at a time 1.6 times as fast as twice 64.
+// Two neighboring blocks, whole lines in pairs: memory takes 128 bytes at a time 1.6 times as fast as twice 64.
 template <class Row>
 inline void stream_two_blocks(const float* c, int64_t rows, const Row& row) {
   for (int64_t i = 0; i < rows; ++i, c += kBlock) {

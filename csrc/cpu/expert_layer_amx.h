@@ -20,7 +20,7 @@ struct ExpertLayer {
 };
 
 // Matrices over rows that only this layer reads (z, dz, weighted) lie as panels: expert by expert, of an expert 32
-// columns at a time, of these row by row. Neighbouring rows are then neighbours in memory, for a product over a chunk of
+// columns at a time, of these row by row. Neighboring rows are then neighbors in memory, for a product over a chunk of
 // rows and for a sum over all of them; in plain rows of 2F each access would open another page.
 inline const int64_t kPanelColumns = 32;
 

@@ -18,7 +18,7 @@ constexpr int kRun = kHalf;       // swiglu: the left half of a tile is gate, th
 constexpr int kLoads = kTile * kDepth / kThreads;
 constexpr int kStride = kTile + 4;  // keeps float4 reads aligned and spreads the writes of a contiguous operand
 
-// The elements of an operand's next tile that this thread carries. Neighbouring threads read neighbouring addresses.
+// The elements of an operand's next tile that this thread carries. Neighboring threads read neighboring addresses.
 template <bool kContiguous>
 struct Carrier {
   Rows<float> rows;

@@ -39,7 +39,7 @@ struct State {
     }
   }
 
-  // Joins the states of `lanes` neighbouring lanes in a fixed tree.
+  // Joins the states of `lanes` neighboring lanes in a fixed tree.
   __device__ void join(int lanes) {
     for (int step = lanes / 2; step > 0; step /= 2) {
       const float other = __shfl_xor_sync(kAllLanes, value, step);

@@ -106,7 +106,7 @@ __device__ void load_b(uint32_t (&fragment)[4], const bf16* tile, int n, int k, 
 }
 
 // Transposes 4 x 4 words over the four lanes of a quad: word j of lane q goes to word q of lane j. It turns four
-// 8-column pieces of one row, two columns a lane, into 16 neighbouring bytes a lane.
+// 8-column pieces of one row, two columns a lane, into 16 neighboring bytes a lane.
 __device__ inline void transpose_quad(uint32_t (&word)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;
 #pragma unroll

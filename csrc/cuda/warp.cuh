@@ -51,7 +51,7 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 
 __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// kPack neighbouring elements move in one access of up to 16 bytes.
+// kPack neighboring elements move in one access of up to 16 bytes.
 template <class T, int kPack>
 struct alignas(sizeof(T) * kPack) Pack {
   T value[kPack];

@@ -28,6 +28,7 @@ _MODEL_MAY_CHANGE = frozenset(
         "model.moe.router.entropy_loss_coeff",
         "model.moe.router.l1_coeff_step",
         "model.moe.router.controller",
+        "model.moe.router.mean_over",
     }
 )
 # Where and on what a run runs; how often it speaks. Layout independence is the point of the format.

@@ -132,7 +132,7 @@ _CLAIMS = (
     ),
     Claim(
         "D3",
-        "The paper's own K = ceil(I N) has a lower loss than a fixed K of the same mean (its whole neighbours).",
+        "The paper's own K = ceil(I N) has a lower loss than a fixed K of the same mean (its whole neighbors).",
         (
             Comparison("paper", "paper-below", "lower", "against the mean rounded down: fewer experts"),
             Comparison("paper", "paper-above", "lower", "against the mean rounded up: more experts"),

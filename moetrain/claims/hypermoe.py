@@ -124,7 +124,7 @@ _CLAIMS = (
     Claim(
         "H4",
         "The knowledge of unselected experts matters: other conditions are worse. (The selected set must tie: it is an "
-        "exact reparametrisation.)",
+        "exact reparametrization.)",
         (
             Comparison("hyper-k1", "selected-k1", "tie", "the selected set instead"),
             Comparison("hyper-k1", "random-k1", "lower", "fixed random embeddings instead"),

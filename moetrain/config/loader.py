@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from moetrain.config.deepspeed import deepspeed_problems
 from moetrain.config.problems import located, validation_problems
 from moetrain.config.registry import variant_paths
-from moetrain.config.schema import RunConfig, Section
+from moetrain.config.schema import RunConfig
+from moetrain.config.section import Section
 from moetrain.config.yaml_tree import Node, kind_of, parse_yaml, read_yaml, write_yaml
 from moetrain.errors import ConfigError
 

@@ -149,6 +149,11 @@ class ReLURouterConfig(_MeanKConfig):
     l1_coeff_step: float = Field(
         default=1.2, gt=1.0, description="by which the coefficient is at most multiplied, or divided, in a step"
     )
+    mean_over: Literal["model", "layer"] = Field(
+        default="model",
+        description="whose mean K is held at `mean_k`: that of all layers together (as published) or each layer's own; "
+        "the penalty only lowers K, so a layer whose gate shuts by itself stays below a budget of its own",
+    )
     controller: Literal["proportional", "sign"] = Field(
         default="proportional",
         description="whole steps, up or down (sign, as published), which swing around the target, or steps in "

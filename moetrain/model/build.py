@@ -39,7 +39,7 @@ from moetrain.runtime.groups import ParallelGroups
 def build_chunks(
     model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype, device: torch.device
 ) -> list[Decoder]:
-    """This rank's pipeline chunks, uninitialised (see `initialize`), on `device`.
+    """This rank's pipeline chunks, uninitialized (see `initialize`), on `device`.
 
     What several layers share, of HyperMoE, of a recurrent router and of relative positions, is registered in the first
     chunk of every rank that has such a layer, and used by the layers of all its chunks.

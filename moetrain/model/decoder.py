@@ -59,7 +59,7 @@ class Decoder(GPTModel):
     """A chunk of the model: of a decoder, or of an encoder, which differs in the mask of its attention alone and keeps
     the names of the parameters.
 
-    A GPTModel whose tied weights start equal by seeded initialisation and are summed by our optimizer, so Megatron's
+    A GPTModel whose tied weights start equal by seeded initialization and are summed by our optimizer, so Megatron's
     own start-up all-reduce of the embedding (which also moves it to CUDA) has nothing to do."""
 
     _state_width = 0

@@ -105,7 +105,7 @@ def _holders(chunk: Decoder, layout: ParallelLayout) -> Iterator[tuple[nn.Parame
 
 def _split_dimensions(chunk: Decoder) -> Iterator[tuple[nn.Parameter, int]]:
     """Weights that tensor parallelism splits, and along which dimension. Told by the modules' types: Megatron marks the
-    weights too, but only where it also initialises them."""
+    weights too, but only where it also initializes them."""
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             yield module.weight, 0

@@ -165,7 +165,7 @@ def distinct_sets(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
 
 def prefer_grouped(tokens: int, sets: int, hidden: int) -> bool:
-    """Whether generating a weight set per distinct set beats the factorised form: T/G > 128/h.
+    """Whether generating a weight set per distinct set beats the factorized form: T/G > 128/h.
 
     Fitted to measurements on CPU over h = 16..128; see docs/concepts/hypermoe.md.
     """

@@ -110,7 +110,7 @@ class MoELayer(nn.Module):
         """[S, B, D] -> [S, B, D], and the router's next state where it has one.
 
         Args:
-            x_SBD: normalised hidden states; this rank's part of the sequence under sequence parallelism, else all.
+            x_SBD: normalized hidden states; this rank's part of the sequence under sequence parallelism, else all.
             importance_SB: fp32 importance of every token of the whole sequence, or None for routers without it.
             valid_SB: bool, True = a real token, of the whole sequence; None: all are. Padding gets no expert of any
                 kind, takes no place within a capacity, and counts in no loss and no statistic.

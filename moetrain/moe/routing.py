@@ -137,7 +137,7 @@ class Router(Controlled, ABC):
 
     What every router promises (`moetrain.testing.check_router` holds it to that): 1 to K experts for every token, none
     twice; no token is a legal batch; a gradient reaches the gate; what a token gets depends on the token and on what
-    the context says of it alone, so that neither its neighbours nor its future changes a bit of it; controllers stand
+    the context says of it alone, so that neither its neighbors nor its future changes a bit of it; controllers stand
     still except in `update`.
     """
 

@@ -25,6 +25,7 @@ class RouterCounts:
         statistics: what the router counted besides (`RoutingDecision.statistics`).
         hyper_norm_ratio: |hyper-expert output| / |experts' output| as root mean squares; None without HyperMoE.
         dropped: assignments that found no place within an expert's capacity.
+        model_mean_k: mean number of experts per token over all layers of the model; None: this layer is the only one.
     """
 
     tokens_per_expert: list[int]
@@ -34,10 +35,11 @@ class RouterCounts:
     statistics: list[float]
     hyper_norm_ratio: float | None
     dropped: int = 0
+    model_mean_k: float | None = None
 
     @property
     def mean_k(self) -> float:
-        """Mean number of experts per token."""
+        """Mean number of experts per token of this layer."""
         return sum(k * n for k, n in enumerate(self.k_histogram)) / max(sum(self.k_histogram), 1)
 
 

@@ -1,6 +1,6 @@
 """Live process groups for a `ParallelLayout`.
 
-Megatron-core's `parallel_state` is initialised here, once, and nowhere else; everything of ours receives a
+Megatron-core's `parallel_state` is initialized here, once, and nowhere else; everything of ours receives a
 `ParallelGroups` instead of asking Megatron's globals.
 """
 
@@ -50,7 +50,7 @@ class ParallelGroups:
 
 
 def create_groups(layout: ParallelLayout, seed: int) -> ParallelGroups:
-    """Build every process group of the layout. Collective over the world; needs an initialised default group.
+    """Build every process group of the layout. Collective over the world; needs an initialized default group.
 
     Also patches Megatron-core for CPU (a no-op with CUDA) and seeds Megatron's random-state tracker.
     """

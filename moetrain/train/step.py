@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -204,6 +205,8 @@ class TrainStep:
                 layer: self._codec.decode(row, layout.tensor, self._has_hyper)
                 for layer, row in zip(self._all_moe_layers, counts.split(self._codec.size), strict=True)
             }
+            mean_k = fmean(layer.mean_k for layer in router.values())
+            router = {layer: replace(counted, model_mean_k=mean_k) for layer, counted in router.items()}
         controllers: dict[int, dict[str, float]] = {layer: {} for layer in self._all_moe_layers}
         for (layer, name), value in zip(shown, head[2:].tolist(), strict=True):
             controllers[layer][name] = value

@@ -7,7 +7,8 @@ import torch
 from parity import SINGLE, layout_of, tiny_config
 from pydantic import ValidationError
 
-from moetrain.config.schema import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE, RunConfig
+from moetrain.config.da_moe import CAUSAL_IMPORTANCE, NONCAUSAL_IMPORTANCE
+from moetrain.config.schema import RunConfig
 from moetrain.moe.layer import MoELayer
 from moetrain.ops import CAUSAL_MEASURES, NONCAUSAL_MEASURES
 from moetrain.runtime.groups import ParallelGroups, create_groups

@@ -1,4 +1,4 @@
-"""The neighbours of both papers on split models: the same trajectory as one process, and no look into the future."""
+"""The neighbors of both papers on split models: the same trajectory as one process, and no look into the future."""
 
 from __future__ import annotations
 

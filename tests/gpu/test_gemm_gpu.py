@@ -104,7 +104,7 @@ def test_weight_gradient_goes_into_a_kept_buffer(case, dtype, accumulate, wide):
 @by_dtype
 @pytest.mark.parametrize("width", [(100, 33), (64, 128), (1032, 2048)], ids=str)
 @pytest.mark.parametrize("share", [0.4, 0.03, 0.0])
-def test_a_row_does_not_depend_on_its_neighbours(dtype, width, share, library):
+def test_a_row_does_not_depend_on_its_neighbors(dtype, width, share, library):
     """Few rows and many take different tiles, in torch's product also different kernels."""
     k, n = width
     torch.manual_seed(0)

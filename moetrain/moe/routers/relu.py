@@ -25,8 +25,9 @@ class ReLURouter(Router):
     """Weights are relu(logits), not normalized; the experts with a positive one are selected, at most `max_k`.
 
     Loss: lambda E / mean_k * sum_e load_e * mean relu_e, the L1 norm with each expert weighed by its load (section
-    3.3). The logarithm of lambda is the controller `log_l1_coeff`. With K the mean of the global batch it moves, after
-    each step, by ln(l1_coeff_step) times
+    3.3). The logarithm of lambda is the controller `log_l1_coeff`. With K the mean of the global batch over all layers,
+    as in the source (so lambda is the same in all), or over this layer (`mean_over`), it moves, after each step, by
+    ln(l1_coeff_step) times
 
         sign:           sign(K - mean_k), the source's rule (section 3.2)
         proportional:   ln(K / mean_k), at most 1 either way
@@ -74,7 +75,8 @@ class ReLURouter(Router):
     def update(self, counts: RouterCounts) -> None:
         if not any(counts.k_histogram):
             return
-        error = math.log(counts.mean_k / self.settings.mean_k)
+        mean_k = counts.model_mean_k if self.settings.mean_over == "model" else None
+        error = math.log((counts.mean_k if mean_k is None else mean_k) / self.settings.mean_k)
         if self.settings.controller == "sign":
             error = math.copysign(1.0, error)
         step = math.log(self.settings.l1_coeff_step) * max(-1.0, min(1.0, error))

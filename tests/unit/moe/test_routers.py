@@ -278,6 +278,18 @@ def test_the_penalty_moves_by_the_relative_error_and_at_most_one_whole_step() ->
         assert router.get_buffer("log_l1_coeff").item() == pytest.approx(-3.0 + moved)
 
 
+def test_the_penalty_answers_for_all_layers_or_for_its_own() -> None:
+    moved = {}
+    for scope in ("model", "layer"):
+        router, _ = build(ReLURouterConfig(mean_k=2.0, mean_over=scope))
+        with torch.no_grad():
+            router.get_buffer("log_l1_coeff").fill_(-3.0)
+        router.update(RouterCounts([1] * 8, [0, 9], 0.0, 0.0, [], None, model_mean_k=2.5))
+        moved[scope] = router.get_buffer("log_l1_coeff").item() + 3.0
+    assert moved["model"] == pytest.approx(math.log(1.2) * math.log(1.25), abs=1e-6)
+    assert moved["layer"] == pytest.approx(math.log(1.2) * math.log(0.5), abs=1e-6)
+
+
 def skewed_tokens(generator: torch.Generator, count: int, width: int) -> torch.Tensor:
     """Of unit mean square, with a common direction, so that some experts are liked by nearly all."""
     x = torch.randn(count, width, generator=generator)

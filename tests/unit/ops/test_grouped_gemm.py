@@ -110,7 +110,7 @@ def test_a_row_alone_is_the_row_in_a_crowd_in_every_case():
     dtype=st.sampled_from(DTYPES),
     threads=st.sampled_from([1, 2, 3]),
 )
-def test_grouped_gemm_row_does_not_depend_on_its_neighbours(keep, k, n, dtype, threads):
+def test_grouped_gemm_row_does_not_depend_on_its_neighbors(keep, k, n, dtype, threads):
     torch.manual_seed(k * n)
     x, grad = torch.randn(70, k).to(dtype), torch.randn(70, n).to(dtype)
     w = torch.randn(3, n, k).to(dtype)
@@ -130,7 +130,7 @@ def test_grouped_gemm_row_does_not_depend_on_its_neighbours(keep, k, n, dtype, t
     assert torch.equal(dx[kept], few_dx)
 
 
-def test_row_does_not_depend_on_its_neighbours_across_blocks_and_threads():
+def test_row_does_not_depend_on_its_neighbors_across_blocks_and_threads():
     torch.manual_seed(0)
     x, w = torch.randn(1100, 300), torch.randn(1, 600, 300)
     before = torch.get_num_threads()
