@@ -7,8 +7,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 SOURCES := pyproject.toml $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt \))
 TORCH ?= torch==2.13.0
-# A file's tests stay on one worker, since many share what is expensive to make.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# A file's tests stay on one worker, since many share what is expensive to make. In order of the folders, because xdist
+# would put files of few tests last, and those of few tests are the long ones.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup test demo parity-table lattice-table lint format types imports docs check clean
 .DEFAULT_GOAL := setup
