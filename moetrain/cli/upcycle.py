@@ -30,7 +30,8 @@ def upcycle(
         float, typer.Option(help="standard deviation of noise on every copied weight; then the logits differ")
     ] = 0.0,
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="accept another router, or gates that do not sum to 1")
+        bool,
+        typer.Option("--allow-change", help="accept another router, gates that do not sum to 1, or other capacities"),
     ] = False,
     verify: Annotated[
         bool, typer.Option(help="compare the logits of source and target; each must fit in memory")

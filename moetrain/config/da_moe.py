@@ -76,7 +76,7 @@ class DAMoERouterConfig(RouterConfig):
             raise ValueError(f"mean_k ({self.mean_k}) must lie between min_k ({self.min_k}) and max_k ({self.max_k})")
         if self.budget == "paper":
             reason = "budget (paper) is ceil(importance * num_experts) of the importance itself"
-            self._need(reason, "direction", "debias")
+            self._need(reason, "direction", "debias", "mean_k", "controller_rate")
             if self.importance == "col_sum":
                 raise ValueError(
                     "importance (col_sum) is no share of one, so budget paper would give most tokens every expert; "

@@ -10,6 +10,7 @@ from moetrain.config.da_moe import DAMoERouterConfig
 from moetrain.config.loader import config_to_dict
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import MoEConfig
+from moetrain.config.relatives import capacities
 from moetrain.config.routers import ExpertBiasRouterConfig, TopKRouterConfig
 from moetrain.config.routing import RouterConfig
 from moetrain.config.schema import RunConfig
@@ -47,7 +48,8 @@ class Transition:
 def plan_transition(source: RunConfig, target: RunConfig, allow_change: bool) -> Transition:
     """What an upcycling from `source` to `target` has to do.
 
-    With `allow_change`, another router and gates that do not sum to 1 are told in `changes` instead of refused.
+    With `allow_change`, another router, gates that do not sum to 1 and other capacities are told in `changes` instead
+    of refused.
 
     Raises:
         ConversionError: lists everything in which the models do not fit together, with both values.
@@ -72,6 +74,11 @@ def plan_transition(source: RunConfig, target: RunConfig, allow_change: bool) ->
         problems.append(
             "the target adds nothing to the source; start from the source with checkpoint.load and "
             "checkpoint.load_weights_only=true"
+        )
+    if old.moe is not None and capacities(old.moe, old.seq_length) != capacities(old.moe, new.seq_length):
+        changes.append(
+            f"model.seq_length ({new.seq_length}; {old.seq_length} in the source) gives the experts of "
+            "model.moe.capacity.factor other places"
         )
     if changes and not allow_change:
         problems += [f"{change}; --allow-change accepts that the logits differ" for change in changes]

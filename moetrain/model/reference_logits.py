@@ -18,6 +18,7 @@ from moetrain.config.schema import ParallelConfig
 from moetrain.model.build import build_chunks
 from moetrain.model.decoder import Decoder
 from moetrain.model.parameters import named_controllers, named_parameters
+from moetrain.model.sequence_head import SequenceModel
 from moetrain.runtime.groups import ParallelGroups, create_groups, destroy_groups
 
 
@@ -35,13 +36,16 @@ class WeightSource(Protocol):
 
 
 def megatron_logits(reader: WeightSource, tokens: Tensor) -> Tensor:
-    """Logits, fp32 [b, s, V], for tokens, int64 [b, s] with s at most `model.seq_length`, computed in fp32 on CPU.
+    """Logits, fp32 [b, s, V], for tokens, int64 [b, s] with s at most `model.seq_length`, computed in fp32 on CPU; of a
+    model with a head its outputs, [b, C].
 
     Makes a process group of one for the duration of the call; there must be none yet.
     """
     with reference_model(reader) as decoder:
         positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
-        return decoder(tokens, positions, None)
+        # A head pools real tokens, and must be told which these are.
+        valid = torch.ones_like(tokens, dtype=torch.bool) if isinstance(decoder, SequenceModel) else None
+        return decoder(tokens, positions, valid)
 
 
 def encoder_states(reader: WeightSource, tokens: Tensor, valid: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from moetrain.optim.adam import create_adam
 from moetrain.runtime.groups import ParallelGroups, create_stage_groups
 from moetrain.runtime.parameters import ParameterInfo, Tie
 
-_SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.", "router_gru.")
+_SHARED_BY_LAYERS = ("hypernetwork", "selection_embedding.", "router_gru.", "relative_positions.")
 _EXPERTS = "experts"  # DeepSpeed finds an expert parameter's groups under its `group_name`
 
 

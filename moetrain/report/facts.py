@@ -53,7 +53,7 @@ def details(run: RunFolder, world_size: int | None) -> list[tuple[str, str]]:
 def describe_model(model: ModelConfig) -> str:
     """`HyperMoE + DA-MoE decoder: 4 layers of width 128, 8 experts in 4 of them; 7.6M parameters, ...`."""
     count = parameter_count(model)
-    text = f"{_kind(model)} decoder: {model.num_layers} layers of width {model.hidden_size:,}"
+    text = f"{_kind(model)} {model.type}: {model.num_layers} layers of width {model.hidden_size:,}"
     if model.moe is None:
         return f"{text}; {short(count.total)} parameters"
     layers = sum(model.is_moe_layer(i) for i in range(model.num_layers))

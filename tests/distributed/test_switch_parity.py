@@ -50,7 +50,7 @@ def runs(layout: str, zero: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("layout", "zero"), [("tp2+sp x ep2", 1), ("pp2 interleaved", 2)])
+@pytest.mark.parametrize(("layout", "zero"), [("tp2+sp x ep2", 1), ("pp2 interleaved", 2), ("dp2", 2)])
 def test_a_layout_gives_the_trajectory_of_one_process(layout: str, zero: int, variant: str) -> None:
     assert_same(runs(layout, zero)[variant], runs("single", 1)[variant])
 

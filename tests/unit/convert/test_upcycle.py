@@ -54,6 +54,8 @@ def config(moe: dict[str, Any] | None = None, **model: Any) -> RunConfig:
     }
     if model.get("type") == "encoder":
         tree["training"]["objective"] = {"type": "masked_lm"}
+    if "head" in model:
+        tree["training"] |= {"objective": {"type": "classify", "classes": ["a", "b", "c"]}, "eval_iters": 0}
     return RunConfig.model_validate(tree)
 
 
@@ -117,6 +119,10 @@ CASES: dict[str, tuple[RunConfig, RunConfig]] = {
     "encoder to MoE": (
         config(type="encoder"),
         config(MOE | {"router": DA | {"importance": "col_max"}}, type="encoder"),
+    ),
+    "classifier to MoE": (
+        config(type="encoder", head={"outputs": 3}),
+        config(MOE, type="encoder", head={"outputs": 3}),
     ),
     "MoE to HyperMoE": (
         config(MOE | {"ffn_hidden_size": 9, "router": {"type": "top_k"}}),
@@ -292,6 +298,11 @@ REFUSALS: dict[str, tuple[RunConfig, RunConfig, str]] = {
     "diverse widths": (config(), config(MOE | {"expert_widths": [10, 30, 20, 20, 20]}), "expert_widths must be abs"),
     "lost experts": (config(MOE), config(MOE | {"layer_freq": 2, "hyper": HYPER}), "layers 0, 2 have experts"),
     "another router": (config(MOE), config(MOE | {"router": DA}), "another router decides(.|\n)*--allow-change"),
+    "sequences that change capacities": (
+        config(MOE | {"capacity": {"factor": 1.0}}),
+        config(MOE | {"capacity": {"factor": 1.0}, "hyper": HYPER}, seq_length=64),
+        r"model.seq_length \(64; 32 in the source\) gives .* other places(.|\n)*--allow-change",
+    ),
     "more experts": (config(MOE), config(MOE | {"num_experts": 6, "hyper": HYPER}), "num_experts: 5 .* 6"),
     "another hypernetwork": (
         config(MOE | {"hyper": HYPER}),

@@ -299,6 +299,8 @@ def test_positions_never_trained_are_ranked_like_the_last_trained_ones() -> None
     [
         ({"budget": "paper", "direction": "low"}, "direction .low. has no effect"),
         ({"budget": "paper", "debias": "position"}, "debias .position. has no effect"),
+        ({"budget": "paper", "mean_k": 3.0}, "mean_k .3.0. has no effect: budget .paper."),
+        ({"budget": "paper", "controller_rate": 0.1}, "controller_rate .0.1. has no effect: budget .paper."),
         ({"budget": "paper", "importance": "col_sum"}, "col_sum. is no share"),
         ({"teacher": "received"}, "teacher .received. has no effect: importance .self_weight. learns nothing"),
         ({"predictor_loss_coeff": 0.1}, "predictor_loss_coeff"),

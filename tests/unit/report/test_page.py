@@ -17,6 +17,7 @@ import pytest
 
 from moetrain.errors import ReportError
 from moetrain.report import page
+from moetrain.report.facts import describe_model
 from moetrain.report.metrics_table import MetricsTable, Row
 from moetrain.report.page import check_target, render, write_page
 from moetrain.report.run_folder import RunFolder, open_run
@@ -128,6 +129,12 @@ def test_a_model_of_fixed_k_without_importance_has_no_views_of_them(
     assert {"chart-k-histogram", "chart-k-position", "chart-k-loss", "heat-k-0", "k"}.isdisjoint(parsed.ids)
     assert not parsed.data["text"]["variableK"]
     assert [layer["importance"] for layer in parsed.data["text"]["layers"]] == [None, None]
+
+
+def test_an_encoder_is_not_called_a_decoder(make_run: MakeRun) -> None:
+    model = make_run().config.model
+    assert describe_model(model).startswith("DA-MoE decoder: ")
+    assert describe_model(model.model_copy(update={"type": "encoder"})).startswith("DA-MoE encoder: ")
 
 
 def test_without_a_trace_the_page_says_why(make_run: MakeRun) -> None:
