@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -260,3 +261,24 @@ def test_an_export_neither_overwrites_nor_invents(folder: Path, source: str, wor
     (folder / "out").mkdir()
     (folder / "out" / "mine.txt").write_text("precious")
     assert words in refusal(folder, "convert", "to-hf", source, "out")
+
+
+# --- the end of a run -----------------------------------------------------------------------------------------------
+
+
+def test_what_ended_a_run_is_told_even_if_its_summary_cannot_be_written(folder: Path) -> None:
+    (folder / "run" / ".summary.json.tmp").mkdir()
+    with (folder / "run" / "checkpoints" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_cli([*TRAIN, "training.train_iters=3"], folder)
+    assert result.code == 2, result
+    assert "SummaryCallback, told of the error, failed itself" in result.stderr
+    assert "another process is saving here" in result.stderr.partition("error: ")[2]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_diverged_says_since_when_no_weight_has_changed(folder: Path) -> None:
+    result = run_cli([*TRAIN, "training.train_iters=9", "optimizer.lr=1e38", "training.max_skipped_steps=2"], folder)
+    assert result.code == 2, result
+    assert "2 steps in a row had non-finite gradients" in result.stderr
+    assert "no weight has changed since iteration 3. Lower optimizer.lr" in result.stderr
