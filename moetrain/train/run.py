@@ -18,7 +18,8 @@ from moetrain.errors import CheckpointError
 from moetrain.ops import extension_info
 from moetrain.runtime.environment import Decision, join_processes, prepare_machine
 from moetrain.runtime.groups import create_groups
-from moetrain.runtime.logs import configure_logs
+from moetrain.runtime.logs import configure_logs, writing_into
+from moetrain.runtime.preemption import forget_old_request
 from moetrain.train.callbacks import standard_callbacks
 from moetrain.train.data import open_data
 from moetrain.train.metrics import Throughput, peak_flops
@@ -39,10 +40,12 @@ def train(config: RunConfig) -> None:
     machine = prepare_machine(config.runtime)
     layout = check_layout(config, machine.processes.world_size)
     _check_start(config)
+    rank, run_dir = machine.processes.rank, Path(config.run.dir)
+    if rank == 0:
+        with writing_into(run_dir):
+            forget_old_request(run_dir)
     join_processes(machine, config.runtime)
-    rank = machine.processes.rank
     data = open_data(config, rank)
-    run_dir = Path(config.run.dir)
     log = configure_logs(run_dir, rank)
     groups = create_groups(layout, config.training.seed)
     step = build_step(config, groups, machine.device)

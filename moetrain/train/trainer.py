@@ -62,10 +62,10 @@ class Trainer:
     def fit(self) -> None:
         """Train to `training.train_iters` (or `stop_after`), validating and saving on the way. Collective."""
         training, checkpoint = self.config.training, self.config.checkpoint
-        if self.rank == 0:
-            self._stop.clear()  # a request that an earlier process of this run has obeyed, or never saw
         self._resume()
         last = min(training.train_iters, training.stop_after or training.train_iters)
+        if self.iteration >= last:
+            self.log.info("nothing to train: the run is at iteration %d and was to end at %d", self.iteration, last)
         self._stop.install()
         try:
             self._call("on_train_start")

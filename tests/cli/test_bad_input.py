@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_sizes_that_do_not_fit_the_processes_are_refused_with_the_nearest_that_d
 def test_cuda_on_a_machine_without_it_is_refused(folder: Path) -> None:
     text = refusal(folder, *TRAIN, "runtime.device=cuda", environment={"CUDA_VISIBLE_DEVICES": ""})
     assert "runtime.device is cuda, but torch" in text and "legal here: auto, cpu" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*TRAIN, "data.cache_dir=cache"),
+        ("launch", "local", "run.yaml"),
+        ("launch", "slurm", "--processes-per-node", "1", "--submit", "run.yaml"),
+    ],
+    ids=["train", "local", "slurm"],
+)
+def test_a_run_folder_that_cannot_be_written_is_refused(folder: Path, words: tuple[str, ...]) -> None:
+    (folder / "file").touch()
+    (folder / "cache").mkdir()
+    (folder / "sbatch").touch(mode=0o755)
+    text = refusal(folder, *words, "run.dir=file/run", environment={"PATH": f"{folder}:{os.environ['PATH']}"})
+    assert text.startswith("run.dir ") and "file/run: cannot write" in text and "(Not a directory)" in text
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -266,6 +284,16 @@ def test_an_export_neither_overwrites_nor_invents(folder: Path, source: str, wor
 # --- the end of a run -----------------------------------------------------------------------------------------------
 
 
+def test_a_request_to_stop_that_came_before_the_ranks_were_ready_is_obeyed(folder: Path) -> None:
+    for launched, latest in (("1", "step-00000003\n"), ("", "step-00000004\n")):
+        (folder / "run" / "stop-requested").write_text("time is up")
+        result = run_cli([*TRAIN, "training.train_iters=4"], folder, {"MOETRAIN_LAUNCHED": launched})
+        assert result.code == 0, result
+        assert ("stopping after iteration 3: time is up" in result.stderr) == bool(launched)
+        assert (folder / "run" / "checkpoints" / "latest").read_text() == latest
+        assert not (folder / "run" / "stop-requested").exists()
+
+
 def test_what_ended_a_run_is_told_even_if_its_summary_cannot_be_written(folder: Path) -> None:
     (folder / "run" / ".summary.json.tmp").mkdir()
     with (folder / "run" / "checkpoints" / ".lock").open("w") as lock:
@@ -282,3 +310,9 @@ def test_a_run_that_diverged_says_since_when_no_weight_has_changed(folder: Path)
     assert result.code == 2, result
     assert "2 steps in a row had non-finite gradients" in result.stderr
     assert "no weight has changed since iteration 3. Lower optimizer.lr" in result.stderr
+
+
+def test_a_run_that_is_beyond_its_end_says_so(folder: Path) -> None:
+    result = run_cli([*TRAIN, "training.train_iters=9", "training.stop_after=1"], folder)
+    assert result.code == 0, result
+    assert "nothing to train: the run is at iteration 2 and was to end at 1" in result.stderr

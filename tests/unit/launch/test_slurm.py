@@ -249,7 +249,7 @@ def test_scancel_does_not_end_the_batch_shell_before_the_ranks(cluster: Cluster)
 def test_a_stop_request_of_the_last_run_is_removed_before_the_ranks_start(cluster: Cluster) -> None:
     cluster.run_dir.mkdir()
     (cluster.run_dir / "stop-requested").write_text("old")
-    process = cluster.start(f"[ ! -e {cluster.run_dir}/stop-requested ]")
+    process = cluster.start(f"[ ! -e {cluster.run_dir}/stop-requested ] && [ $MOETRAIN_LAUNCHED = 1 ]")
     process.communicate(timeout=20)
     assert process.returncode == 0
 
