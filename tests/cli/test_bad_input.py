@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import yaml
 
+from moetrain.errors import CheckpointError
 from moetrain.testing import run_cli
+from moetrain.train.ownership import sole_run
 
 TRAIN = ("train", "run.yaml")
 
@@ -279,6 +285,36 @@ def test_an_export_neither_overwrites_nor_invents(folder: Path, source: str, wor
     (folder / "out").mkdir()
     (folder / "out" / "mine.txt").write_text("precious")
     assert words in refusal(folder, "convert", "to-hf", source, "out")
+
+
+# --- two runs in one folder -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_refused(folder: Path) -> None:
+    with (folder / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = sole_run(folder / "run", logging.getLogger("test"), patience=0.1)
+        with pytest.raises(CheckpointError, match="another run is going on in this folder"), run:
+            pass
+
+
+def test_a_run_waits_for_the_one_before_and_then_resumes_what_that_saved(folder: Path) -> None:
+    lock = (folder / "run" / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    end = threading.Thread(target=release_when_waited_for, args=(lock, folder / "run" / "logs" / "rank-0.log"))
+    end.start()
+    result = run_cli([*TRAIN, "training.train_iters=3"], folder)
+    end.join()
+    assert result.code == 0, result
+    said = result.stderr
+    assert said.index("another run is going on in run; waiting up to 120 s") < said.index("resumed from run")
+
+
+def release_when_waited_for(lock: TextIO, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while "another run is going on" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lock.close()
 
 
 # --- the end of a run -----------------------------------------------------------------------------------------------
