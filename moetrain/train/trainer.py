@@ -165,6 +165,7 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         extra: dict[str, Any] = {
             "tokenizer": self.data.tokenizer_fingerprint,
+            "corpora": self.data.contents,
             "optimizer_steps": self.iteration - self.skipped_total,
             "skipped_steps": self.skipped_total,
             "versions": software_versions(),
@@ -197,7 +198,7 @@ class Trainer:
                 current_tokenizer=self.data.tokenizer_fingerprint,
                 weights_only=anew,
             )
-            for note in notes:
+            for note in [*notes, *self._exchanged_corpora(reader)]:
                 self.log.info("resume: %s", note)
             if anew:
                 restore_weights(self.step, reader, self.log)
@@ -209,6 +210,15 @@ class Trainer:
             self.skipped_total = int(reader.extra["skipped_steps"])
             self.saver.saved_at = reader.step if is_own else None
             self.log.info("resumed from %s (made on %s)", reader.folder, reader.layout.get("description"))
+
+    def _exchanged_corpora(self, reader: CheckpointReader) -> list[str]:
+        """One sentence per corpus that has another content under the same path: the stream goes on as another one."""
+        then, now = reader.extra.get("corpora", {}), self.data.contents
+        return [
+            f"corpus {path}: {then[path]} in the checkpoint, {now[path]} in this run"
+            for path in sorted(then.keys() & now.keys())
+            if then[path] != now[path]
+        ]
 
     def _open_checkpoint(self) -> tuple[CheckpointReader | None, bool]:
         """Where to start from, and whether it is this run's own checkpoint rather than `checkpoint.load`."""

@@ -254,6 +254,20 @@ def test_a_tokenizer_that_contradicts_the_checkpoint_is_refused(folder: Path) ->
     assert "the checkpoint belongs to another model" in text and "tokenizer fingerprint" in text
 
 
+def test_a_corpus_that_was_exchanged_under_its_path_is_told_at_resume(folder: Path) -> None:
+    told = run_cli([*TRAIN, "training.train_iters=3"], folder).stderr
+    assert "resumed from" in told and "resume: corpus" not in told
+    for suffix in ("bin", "idx", "json"):
+        (folder / f"small.{suffix}").unlink()
+    lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
+    (folder / "text.jsonl").write_text("".join(reversed(lines)))
+    command = ("data", "prepare", "text.jsonl", "--output", "small", "--tokenizer", "small.model", "--quiet")
+    assert run_cli(command, folder).code == 0
+    result = run_cli([*TRAIN, "training.train_iters=4"], folder)
+    assert result.code == 0, result
+    assert "resume: corpus small: 19 documents" in result.stderr
+
+
 def test_a_fresh_start_in_a_folder_with_checkpoints_is_refused(folder: Path) -> None:
     text = refusal(folder, *TRAIN, "checkpoint.resume=never")
     assert "checkpoint.resume is never" in text and "step-00000002" in text and "choose another run.dir" in text
