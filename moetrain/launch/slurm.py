@@ -84,6 +84,11 @@ class SlurmJob:
             value = getattr(self, name)
             if value is not None and not re.fullmatch(pattern, value):
                 raise ConfigError(f"slurm {name} ({value!r}) is not legal; legal: {legal}")
+        if self.time_limit is not None and 0 < (limit := _seconds(self.time_limit)) <= self.signal_seconds:
+            raise ConfigError(
+                f"slurm signal_seconds ({self.signal_seconds}) must be below time_limit ({self.time_limit}, which is "
+                f"{limit} s): each start would be asked to stop at once, and would requeue itself for ever"
+            )
         for option in self.sbatch_options:
             if not _OPTION.fullmatch(option):
                 raise ConfigError(
@@ -187,6 +192,14 @@ def template_path() -> Path:
     raise DependencyError(
         f"the Slurm template is missing from this installation; looked for {', '.join(map(str, candidates))}"
     )
+
+
+def _seconds(time_limit: str) -> int:
+    """Of minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]]; 0 is Slurm's word for no limit."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
 def _quote(value: object) -> str:

@@ -265,6 +265,17 @@ def test_the_clusters_file_is_sourced_first_and_may_read_unset_variables(cluster
     assert (cluster.root / "seen").read_text() == "ib 4\n"
 
 
+@pytest.mark.parametrize("limit", ["5", "5:00", "0:05:00", "0-0:05", "0-00:04:59"])
+def test_a_signal_that_would_come_at_the_start_is_refused(limit: str) -> None:
+    with pytest.raises(ConfigError, match=r"signal_seconds \(300\) must be below time_limit"):
+        job(time_limit=limit)
+
+
+@pytest.mark.parametrize("limit", ["0", "6", "5:01", "0:05:01", "1-0", "0-1"])
+def test_a_signal_within_the_time_limit_is_legal(limit: str) -> None:
+    assert f"--time={limit}" in job(time_limit=limit).directives
+
+
 # --- submission ------------------------------------------------------------------------------------------------------
 
 
