@@ -112,7 +112,9 @@ def _lock(descriptor: int, root: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s: the file system has no locks; remains of dead saves are left in place", root)
+        logger.warning(
+            "%s: the file system has no locks; two runs here would not be noticed, nor remains of saves removed", root
+        )
         return False
     return True
 

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -24,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moetrain.config.schema import BlendEntry, DataConfig
 from moetrain.data.atomic import staged
-from moetrain.data.index import Index, verify_prefix
+from moetrain.data.index import Index, content_of, verify_prefix
 from moetrain.data.loader import SampleDataset
 from moetrain.data.tokenizers import Tokenizer
 from moetrain.errors import DataError
@@ -37,11 +37,13 @@ CACHE_FORMAT = 1
 
 @dataclass(frozen=True)
 class Datasets:
-    """The three splits; None where no sample was asked for."""
+    """The three splits; None where no sample was asked for. `contents`: of every corpus what tells it from another one
+    under its path (see `content_of`)."""
 
     train: SampleDataset | None
     valid: SampleDataset | None
     test: SampleDataset | None
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,19 @@ def build_datasets(
     _refuse_overlap(config)
     if not any(sizes):
         return Datasets(None, None, None)
-    indexes = {
-        entry.path: verify_prefix(entry.path, tokenizer, vocab_size, scan_tokens)[0]
+    verified = {
+        entry.path: verify_prefix(entry.path, tokenizer, vocab_size, scan_tokens)
         for entry in (*config.train, *config.valid)
     }
     megatron = _megatron_config(config, model_seq_length, sizes, seed, tokenizer, cache_dir)
     for split, size in enumerate(sizes):
         for path, begin, end in _document_ranges(config, megatron, split) if size else ():
-            _check_room(indexes[path], begin, end, model_seq_length, SPLITS[split])
+            _check_room(verified[path][0], begin, end, model_seq_length, SPLITS[split])
     _make_cache_dir(cache_dir)
     with _quiet("megatron.core.datasets.blended_dataset"):
         built = BlendedMegatronDatasetBuilder(EpochGPTDataset, list(sizes), lambda: True, megatron).build()
-    return Datasets(*(dataset if size else None for dataset, size in zip(built, sizes, strict=True)))  # pyright: ignore
+    splits = (dataset if size else None for dataset, size in zip(built, sizes, strict=True))
+    return Datasets(*splits, {path: content_of(*corpus) for path, corpus in verified.items()})  # pyright: ignore
 
 
 class EpochGPTDataset(GPTDataset):

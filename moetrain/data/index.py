@@ -191,6 +191,13 @@ def verify_prefix(
     return index, sidecar
 
 
+def content_of(index: Index, sidecar: Sidecar | None) -> str:
+    """What tells a corpus from another one that takes its place: the SHA-256 of its tokens where `prepare` wrote one,
+    else its counts, which cost no reading."""
+    counts = f"{index.documents} documents, {index.tokens} tokens"
+    return counts if sidecar is None else f"{counts}, SHA-256 {sidecar.bin.sha256[:12]}"
+
+
 def _check_sidecar(index: Index, sidecar: Sidecar, checksum: bool) -> None:
     bin_path, idx_path, sidecar_path = paths_of(index.prefix)
     told = (sidecar.tokens, sidecar.documents, sidecar.dtype)

@@ -17,7 +17,8 @@ from types import FrameType
 from typing import IO, Self, TextIO
 
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.runtime.preemption import exit_with_parent, request_stop, stop_file
+from moetrain.runtime.logs import writing_into
+from moetrain.runtime.preemption import LAUNCHED, exit_with_parent, request_stop, stop_file
 
 # Stands before each line that comes from a rank, so that torchrun's own words can be told from theirs. A record
 # separator occurs in no text that a person is meant to read.
@@ -69,14 +70,16 @@ def launch_local(
     The first SIGINT or SIGTERM asks the ranks to save and stop (`<run_dir>/stop-requested`). A second one, or
     `stop_grace_seconds` without an end, goes to torchrun, which gives the ranks 10 s and then kills them.
 
-    `device`, `cpu_threads`: as in the config's `runtime` section. Raises ConfigError on sizes below 1.
+    `device`, `cpu_threads`: as in the config's `runtime` section. Raises ConfigError on sizes below 1, and where
+    `run_dir` cannot be written.
     """
     for name, value, least in (("num_processes", num_processes, 1), ("max_restarts", max_restarts, 0)):
         if value < least:
             raise ConfigError(f"{name} ({value}) must be at least {least}")
     folder = LaunchFolder(run_dir / "logs" / datetime.now(UTC).strftime("%Y%m%dT%H%M%S-%f"))
-    folder.path.mkdir(parents=True)
-    stop_file(run_dir).unlink(missing_ok=True)
+    with writing_into(run_dir):
+        folder.path.mkdir(parents=True)
+        stop_file(run_dir).unlink(missing_ok=True)
     out, err = stdout or sys.stdout, stderr or sys.stderr
     agent = subprocess.Popen(
         torchrun_command(num_processes, argv, folder, max_restarts, module),
@@ -124,7 +127,7 @@ def rank_environment(
     if device == "cpu" or (device == "auto" and not _has_nvidia_driver()):
         # fresh pages cost a step on CPU 3-4 times the arithmetic: let malloc keep what it has
         defaults |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
-    fixed = {"PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": _RANK_MARK}
+    fixed = {LAUNCHED: "1", "PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": _RANK_MARK}
     if cpu_threads is not None:
         fixed["OMP_NUM_THREADS"] = str(cpu_threads)
     return defaults | dict(environment) | fixed

@@ -15,7 +15,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from moetrain.errors import ConfigError, DependencyError
-from moetrain.runtime.preemption import STOP_FILE
+from moetrain.runtime.logs import writing_into
+from moetrain.runtime.preemption import LAUNCHED, STOP_FILE
 
 TEMPLATE = "train.sbatch.j2"
 
@@ -83,6 +84,11 @@ class SlurmJob:
             value = getattr(self, name)
             if value is not None and not re.fullmatch(pattern, value):
                 raise ConfigError(f"slurm {name} ({value!r}) is not legal; legal: {legal}")
+        if self.time_limit is not None and 0 < (limit := _seconds(self.time_limit)) <= self.signal_seconds:
+            raise ConfigError(
+                f"slurm signal_seconds ({self.signal_seconds}) must be below time_limit ({self.time_limit}, which is "
+                f"{limit} s): each start would be asked to stop at once, and would requeue itself for ever"
+            )
         for option in self.sbatch_options:
             if not _OPTION.fullmatch(option):
                 raise ConfigError(
@@ -148,6 +154,7 @@ def render_sbatch(job: SlurmJob, argv: Sequence[str], template: Path | None = No
             job=job,
             arguments=list(argv),
             stop_file=job.run_dir / STOP_FILE,
+            launched=LAUNCHED,
             omp_threads=max(1, (job.cpus_per_node or job.processes_per_node) // job.processes_per_node),
         )
     except TemplateError as error:
@@ -157,16 +164,18 @@ def render_sbatch(job: SlurmJob, argv: Sequence[str], template: Path | None = No
 def submit(script: str, run_dir: Path) -> str:
     """Writes the script to `<run_dir>/submit-<UTC time>.sbatch`, hands it to sbatch, and returns the job id.
 
-    Raises DependencyError without sbatch on PATH, ConfigError when Slurm refuses the job, with Slurm's words.
+    Raises DependencyError without sbatch on PATH, ConfigError when `run_dir` cannot be written, or Slurm refuses the
+    job, with Slurm's words.
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise DependencyError(
             "sbatch is not on PATH: submit from a login node of the cluster, or print the script with --dry-run"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / f"submit-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S-%f')}.sbatch"
-    path.write_text(script, encoding="utf-8")
+    with writing_into(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ConfigError(f"sbatch refused {path} (exit code {done.returncode}): {done.stderr.strip()}")
@@ -183,6 +192,14 @@ def template_path() -> Path:
     raise DependencyError(
         f"the Slurm template is missing from this installation; looked for {', '.join(map(str, candidates))}"
     )
+
+
+def _seconds(time_limit: str) -> int:
+    """Of minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]]; 0 is Slurm's word for no limit."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
 def _quote(value: object) -> str:

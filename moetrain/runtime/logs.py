@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from moetrain.errors import ConfigError
 
 # Megatron-core warns at import about each optional library that is absent; `moetrain doctor` tells that in one table.
 _EXPECTED_WARNINGS = (
@@ -26,20 +30,31 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@contextmanager
+def writing_into(run_dir: Path) -> Iterator[None]:
+    """What the disk refuses in this block becomes a ConfigError about `run.dir`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.dir {run_dir}: cannot write {error.filename} ({error.strerror})") from error
+
+
 def configure_logs(run_dir: Path, rank: int) -> logging.Logger:
     """The rank's logger: `<run_dir>/logs/rank-<n>.log` always, standard error on rank 0.
 
-    Other libraries' chatter below ERROR and their warnings go to the file only.
+    Other libraries' chatter below ERROR and their warnings go to the file only. Raises ConfigError where the folder
+    cannot be written.
     """
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_into(run_dir):
+        folder = run_dir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(folder / f"rank-{rank}.log", encoding="utf-8")
     log = logging.getLogger("moetrain")
     log.setLevel(logging.INFO)
     log.propagate = False
     for old in list(log.handlers):
         log.removeHandler(old)
         old.close()
-    to_file = logging.FileHandler(folder / f"rank-{rank}.log", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(to_file)
     if rank == 0:

@@ -17,6 +17,8 @@ from types import FrameType
 from typing import Any
 
 STOP_FILE = "stop-requested"
+LAUNCHED = "MOETRAIN_LAUNCHED"
+"""Set to 1 by launchers in the ranks' environment: they have removed an old request before the ranks began."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 
@@ -33,6 +35,16 @@ def request_stop(run_dir: Path, reason: str) -> None:
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     whole.write_text(reason + "\n", encoding="utf-8")
     whole.replace(path)
+
+
+def forget_old_request(run_dir: Path) -> None:
+    """Removes a request that an earlier process of this run has obeyed, or never saw. One rank only, as its first act.
+
+    A launcher did so long before this process had imported anything. What it finds under one was asked since, perhaps
+    of ranks that have crashed and were started again, and stays.
+    """
+    if os.environ.get(LAUNCHED) != "1":
+        stop_file(run_dir).unlink(missing_ok=True)
 
 
 class StopRequest:
@@ -62,7 +74,7 @@ class StopRequest:
         self._previous = {}
 
     def clear(self) -> None:
-        """Removes a request file: one that is left from an earlier run, or one that has been obeyed. One rank only."""
+        """Removes a request file that has been obeyed."""
         self._path.unlink(missing_ok=True)
 
     @property

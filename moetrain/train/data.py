@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moetrain.config.objectives import ClassifyConfig, MaskedLMConfig, RegressConfig
@@ -22,7 +22,8 @@ class RunData:
     sequence tasks. `valid_batches` is how many global batches a validation reads.
 
     `train` holds `train_iters` global batches. A run that resumes with another batch size may need more, and asks
-    `train_of` for as many as it needs: the same stream, further. Collective, as `open_data`.
+    `train_of` for as many as it needs: the same stream, further. Collective, as `open_data`. `contents` tells the
+    corpora from others under their paths; empty for sequence tasks.
     """
 
     train: SampleDataset
@@ -31,6 +32,7 @@ class RunData:
     valid_batches: int
     tokenizer_fingerprint: str
     unigram_entropy: float | None
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 def open_data(config: RunConfig, rank: int) -> RunData:
@@ -46,7 +48,7 @@ def open_data(config: RunConfig, rank: int) -> RunData:
     if isinstance(objective, MaskedLMConfig):
         mask_id(tokenizer)  # before minutes of indexing
 
-    def build(train_samples: int, valid_samples: int) -> tuple[SampleDataset, SampleDataset | None]:
+    def build(train_samples: int, valid_samples: int) -> tuple[SampleDataset, SampleDataset | None, dict[str, str]]:
         datasets = build_datasets(
             config.data,
             config.model.seq_length,
@@ -60,14 +62,18 @@ def open_data(config: RunConfig, rank: int) -> RunData:
         train, valid = datasets.train, datasets.valid
         assert train is not None
         if not isinstance(objective, MaskedLMConfig):
-            return train, valid
+            return train, valid, datasets.contents
         masked = MaskedDataset(train, objective, tokenizer, training.seed, stream=0)
-        return masked, None if valid is None else MaskedDataset(valid, objective, tokenizer, training.seed, stream=1)
+        if valid is not None:
+            valid = MaskedDataset(valid, objective, tokenizer, training.seed, stream=1)
+        return masked, valid, datasets.contents
 
     valid_samples = training.eval_iters * training.global_batch_size
-    train, valid = build(training.train_iters * training.global_batch_size, valid_samples)
+    train, valid, contents = build(training.train_iters * training.global_batch_size, valid_samples)
     entropy = unigram_entropy(valid, valid_samples) if valid is not None else None
-    return RunData(train, lambda n: build(n, 0)[0], valid, training.eval_iters, tokenizer.fingerprint, entropy)
+    return RunData(
+        train, lambda n: build(n, 0)[0], valid, training.eval_iters, tokenizer.fingerprint, entropy, contents
+    )
 
 
 def _open_examples(config: RunConfig, objective: ClassifyConfig | RegressConfig, tokenizer: Tokenizer) -> RunData:

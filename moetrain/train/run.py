@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,12 +18,14 @@ from moetrain.config.schema import RunConfig
 from moetrain.config.size import flops_per_token, parameter_count
 from moetrain.errors import CheckpointError
 from moetrain.ops import extension_info
-from moetrain.runtime.environment import Decision, join_processes, prepare_machine
+from moetrain.runtime.environment import Decision, Machine, join_processes, prepare_machine
 from moetrain.runtime.groups import create_groups
-from moetrain.runtime.logs import configure_logs
+from moetrain.runtime.logs import configure_logs, writing_into
+from moetrain.runtime.preemption import forget_old_request
 from moetrain.train.callbacks import standard_callbacks
-from moetrain.train.data import open_data
+from moetrain.train.data import RunData, open_data
 from moetrain.train.metrics import Throughput, peak_flops
+from moetrain.train.ownership import sole_run
 from moetrain.train.setup import DTYPES, build_step
 from moetrain.train.step import TrainStep
 from moetrain.train.trainer import Trainer
@@ -39,11 +43,18 @@ def train(config: RunConfig) -> None:
     machine = prepare_machine(config.runtime)
     layout = check_layout(config, machine.processes.world_size)
     _check_start(config)
+    rank, run_dir = machine.processes.rank, Path(config.run.dir)
+    if rank == 0:
+        with writing_into(run_dir):
+            forget_old_request(run_dir)
     join_processes(machine, config.runtime)
-    rank = machine.processes.rank
     data = open_data(config, rank)
-    run_dir = Path(config.run.dir)
     log = configure_logs(run_dir, rank)
+    with sole_run(run_dir, log) if rank == 0 else nullcontext():
+        _train(config, layout, machine, data, log)
+
+
+def _train(config: RunConfig, layout: ParallelLayout, machine: Machine, data: RunData, log: logging.Logger) -> None:
     groups = create_groups(layout, config.training.seed)
     step = build_step(config, groups, machine.device)
     dtype = DTYPES[config.training.precision]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,16 @@ class Trainer:
     def fit(self) -> None:
         """Train to `training.train_iters` (or `stop_after`), validating and saving on the way. Collective."""
         training, checkpoint = self.config.training, self.config.checkpoint
-        if self.rank == 0:
-            self._stop.clear()  # a request that an earlier process of this run has obeyed, or never saw
         self._resume()
         last = min(training.train_iters, training.stop_after or training.train_iters)
+        if self.iteration >= last:
+            self.log.info("nothing to train: the run is at iteration %d and was to end at %d", self.iteration, last)
         self._stop.install()
         try:
             self._call("on_train_start")
             batches = self._loader(self._training_samples(), self.consumed_samples)
             while self.iteration < last:
-                self._train_one(next(batches))
+                self._train_one(batches)
                 if training.eval_interval and self.iteration % training.eval_interval == 0:
                     self._evaluate()
                 if checkpoint.save_interval and self.iteration % checkpoint.save_interval == 0:
@@ -87,14 +87,15 @@ class Trainer:
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt):  # who interrupts twice does not want to wait
                 self.saver.rescue()
-            self._call("on_error", error)
+            self._call_on_error(error)
             raise
         finally:
             self._stop.uninstall()
 
-    def _train_one(self, microbatches: Sequence[MicroBatch]) -> None:
+    def _train_one(self, batches: Iterator[Sequence[MicroBatch]]) -> None:
         training = self.config.training
         start = time.perf_counter()
+        microbatches = next(batches)  # within the time of the step: a slow disk must not look like a fast run
         lr = learning_rate(
             self.config.optimizer.schedule, self.config.optimizer.lr, training.train_iters, self.iteration
         )
@@ -134,7 +135,8 @@ class Trainer:
         if self._skipped_in_a_row >= limit:
             raise MoetrainError(
                 f"{limit} steps in a row had non-finite gradients (training.max_skipped_steps), the last at iteration "
-                f"{self.iteration}; lower optimizer.lr or resume from before it. No checkpoint was written since."
+                f"{self.iteration}; no weight has changed since iteration {self.iteration - limit}. "
+                "Lower optimizer.lr, or resume from a checkpoint before that."
             )
 
     def _router_stats(self, layer: int, outcome: StepOutcome) -> RouterStats:
@@ -163,6 +165,7 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         extra: dict[str, Any] = {
             "tokenizer": self.data.tokenizer_fingerprint,
+            "corpora": self.data.contents,
             "optimizer_steps": self.iteration - self.skipped_total,
             "skipped_steps": self.skipped_total,
             "versions": software_versions(),
@@ -195,7 +198,7 @@ class Trainer:
                 current_tokenizer=self.data.tokenizer_fingerprint,
                 weights_only=anew,
             )
-            for note in notes:
+            for note in [*notes, *self._exchanged_corpora(reader)]:
                 self.log.info("resume: %s", note)
             if anew:
                 restore_weights(self.step, reader, self.log)
@@ -207,6 +210,15 @@ class Trainer:
             self.skipped_total = int(reader.extra["skipped_steps"])
             self.saver.saved_at = reader.step if is_own else None
             self.log.info("resumed from %s (made on %s)", reader.folder, reader.layout.get("description"))
+
+    def _exchanged_corpora(self, reader: CheckpointReader) -> list[str]:
+        """One sentence per corpus that has another content under the same path: the stream goes on as another one."""
+        then, now = reader.extra.get("corpora", {}), self.data.contents
+        return [
+            f"corpus {path}: {then[path]} in the checkpoint, {now[path]} in this run"
+            for path in sorted(then.keys() & now.keys())
+            if then[path] != now[path]
+        ]
 
     def _open_checkpoint(self) -> tuple[CheckpointReader | None, bool]:
         """Where to start from, and whether it is this run's own checkpoint rather than `checkpoint.load`."""
@@ -270,6 +282,14 @@ class Trainer:
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
+
+    def _call_on_error(self, error: BaseException) -> None:
+        """Every callback, and none may hide `error`: a disk that ended the run takes no summary of it either."""
+        for callback in self.callbacks:
+            try:
+                callback.on_error(self, error)
+            except Exception as another:
+                self.log.error("%s, told of the error, failed itself: %s", type(callback).__name__, another)
 
 
 def _auxiliary(outcome: StepOutcome) -> dict[str, float]:

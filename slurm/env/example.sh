@@ -10,7 +10,7 @@
 # export NCCL_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5
 
-# Threads per rank on CPU; by default the CPUs of a node are divided among its ranks.
+# Threads per rank with GPUs. On CPU the CPUs of a node are divided among its ranks, or set runtime.cpu_threads.
 # export OMP_NUM_THREADS=8
 
 # CPU training: let malloc keep freed pages, which saves page faults in every step.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import logging
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import yaml
 
+from moetrain.errors import CheckpointError
 from moetrain.testing import run_cli
+from moetrain.train.ownership import sole_run
 
 TRAIN = ("train", "run.yaml")
 
@@ -106,6 +114,23 @@ def test_sizes_that_do_not_fit_the_processes_are_refused_with_the_nearest_that_d
 def test_cuda_on_a_machine_without_it_is_refused(folder: Path) -> None:
     text = refusal(folder, *TRAIN, "runtime.device=cuda", environment={"CUDA_VISIBLE_DEVICES": ""})
     assert "runtime.device is cuda, but torch" in text and "legal here: auto, cpu" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*TRAIN, "data.cache_dir=cache"),
+        ("launch", "local", "run.yaml"),
+        ("launch", "slurm", "--processes-per-node", "1", "--submit", "run.yaml"),
+    ],
+    ids=["train", "local", "slurm"],
+)
+def test_a_run_folder_that_cannot_be_written_is_refused(folder: Path, words: tuple[str, ...]) -> None:
+    (folder / "file").touch()
+    (folder / "cache").mkdir()
+    (folder / "sbatch").touch(mode=0o755)
+    text = refusal(folder, *words, "run.dir=file/run", environment={"PATH": f"{folder}:{os.environ['PATH']}"})
+    assert text.startswith("run.dir ") and "file/run: cannot write" in text and "(Not a directory)" in text
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -229,6 +254,20 @@ def test_a_tokenizer_that_contradicts_the_checkpoint_is_refused(folder: Path) ->
     assert "the checkpoint belongs to another model" in text and "tokenizer fingerprint" in text
 
 
+def test_a_corpus_that_was_exchanged_under_its_path_is_told_at_resume(folder: Path) -> None:
+    told = run_cli([*TRAIN, "training.train_iters=3"], folder).stderr
+    assert "resumed from" in told and "resume: corpus" not in told
+    for suffix in ("bin", "idx", "json"):
+        (folder / f"small.{suffix}").unlink()
+    lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
+    (folder / "text.jsonl").write_text("".join(reversed(lines)))
+    command = ("data", "prepare", "text.jsonl", "--output", "small", "--tokenizer", "small.model", "--quiet")
+    assert run_cli(command, folder).code == 0
+    result = run_cli([*TRAIN, "training.train_iters=4"], folder)
+    assert result.code == 0, result
+    assert "resume: corpus small: 19 documents" in result.stderr
+
+
 def test_a_fresh_start_in_a_folder_with_checkpoints_is_refused(folder: Path) -> None:
     text = refusal(folder, *TRAIN, "checkpoint.resume=never")
     assert "checkpoint.resume is never" in text and "step-00000002" in text and "choose another run.dir" in text
@@ -260,3 +299,70 @@ def test_an_export_neither_overwrites_nor_invents(folder: Path, source: str, wor
     (folder / "out").mkdir()
     (folder / "out" / "mine.txt").write_text("precious")
     assert words in refusal(folder, "convert", "to-hf", source, "out")
+
+
+# --- two runs in one folder -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_refused(folder: Path) -> None:
+    with (folder / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = sole_run(folder / "run", logging.getLogger("test"), patience=0.1)
+        with pytest.raises(CheckpointError, match="another run is going on in this folder"), run:
+            pass
+
+
+def test_a_run_waits_for_the_one_before_and_then_resumes_what_that_saved(folder: Path) -> None:
+    lock = (folder / "run" / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    end = threading.Thread(target=release_when_waited_for, args=(lock, folder / "run" / "logs" / "rank-0.log"))
+    end.start()
+    result = run_cli([*TRAIN, "training.train_iters=3"], folder)
+    end.join()
+    assert result.code == 0, result
+    said = result.stderr
+    assert said.index("another run is going on in run; waiting up to 120 s") < said.index("resumed from run")
+
+
+def release_when_waited_for(lock: TextIO, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while "another run is going on" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lock.close()
+
+
+# --- the end of a run -----------------------------------------------------------------------------------------------
+
+
+def test_a_request_to_stop_that_came_before_the_ranks_were_ready_is_obeyed(folder: Path) -> None:
+    for launched, latest in (("1", "step-00000003\n"), ("", "step-00000004\n")):
+        (folder / "run" / "stop-requested").write_text("time is up")
+        result = run_cli([*TRAIN, "training.train_iters=4"], folder, {"MOETRAIN_LAUNCHED": launched})
+        assert result.code == 0, result
+        assert ("stopping after iteration 3: time is up" in result.stderr) == bool(launched)
+        assert (folder / "run" / "checkpoints" / "latest").read_text() == latest
+        assert not (folder / "run" / "stop-requested").exists()
+
+
+def test_what_ended_a_run_is_told_even_if_its_summary_cannot_be_written(folder: Path) -> None:
+    (folder / "run" / ".summary.json.tmp").mkdir()
+    with (folder / "run" / "checkpoints" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_cli([*TRAIN, "training.train_iters=3"], folder)
+    assert result.code == 2, result
+    assert "SummaryCallback, told of the error, failed itself" in result.stderr
+    assert "another process is saving here" in result.stderr.partition("error: ")[2]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_diverged_says_since_when_no_weight_has_changed(folder: Path) -> None:
+    result = run_cli([*TRAIN, "training.train_iters=9", "optimizer.lr=1e38", "training.max_skipped_steps=2"], folder)
+    assert result.code == 2, result
+    assert "2 steps in a row had non-finite gradients" in result.stderr
+    assert "no weight has changed since iteration 3. Lower optimizer.lr" in result.stderr
+
+
+def test_a_run_that_is_beyond_its_end_says_so(folder: Path) -> None:
+    result = run_cli([*TRAIN, "training.train_iters=9", "training.stop_after=1"], folder)
+    assert result.code == 0, result
+    assert "nothing to train: the run is at iteration 2 and was to end at 1" in result.stderr

@@ -82,10 +82,10 @@ class Notes(Callback):
         self.told: list[tuple[Any, ...]] = []
         self.steps_beside_a_save = 0
         self.stop_at = stop_at
-        self.loss = float("nan")
+        self.loss = self.seconds = float("nan")
 
     def on_step_end(self, trainer: Any, report: Any) -> None:
-        self.loss = report.loss
+        self.loss, self.seconds = report.loss, report.step_seconds
         self.told.append(("step", report.iteration))
         if report.iteration == self.stop_at and trainer.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -166,6 +166,24 @@ def observe_on_another_layout(folder: Path) -> list[int]:
     groups = create_groups(layout_of(tiny_config(TP2)), seed=1)
     changes = {"training__train_iters": 9, "training__global_batch_size": 2}
     return train(groups, TP2, folder / "stream", Files(), **changes)[1]
+
+
+def slow_sample(samples: Numbered, index: int, read: Callable[..., Any] = Numbered.__getitem__) -> dict:
+    """From a disk so slow that it takes longer than the arithmetic."""
+    time.sleep(0.05)
+    return read(samples, index)
+
+
+def observe_slow_samples(folder: Path) -> float:
+    layout = Layout("one", 1)
+    with patch.object(Numbered, "__getitem__", slow_sample):
+        groups = create_groups(layout_of(tiny_config(layout)), seed=1)
+        return train(groups, layout, folder, Files(), training__train_iters=2)[0].seconds
+
+
+def test_the_seconds_of_a_step_include_the_reading_of_its_samples(tmp_path: Path) -> None:
+    (seconds,) = run_distributed(observe_slow_samples, 1, tmp_path)
+    assert seconds >= tiny_config(Layout("one", 1)).training.global_batch_size * 0.05
 
 
 def test_saves_beside_training_are_those_in_the_foreground_and_fail_on_all_ranks_alike(tmp_path: Path) -> None:

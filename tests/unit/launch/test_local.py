@@ -30,7 +30,7 @@ def wait(condition):
 
 
 def report():
-    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "MOETRAIN_LAUNCHED")
     print(json.dumps({name: os.environ[name] for name in names}))
     print(f"warning of rank {rank}", file=sys.stderr)
 
@@ -99,6 +99,7 @@ def test_a_clean_run_shows_rank_0_keeps_every_rank_and_ignores_an_old_stop_reque
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "3",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "MOETRAIN_LAUNCHED": "1",
     }
     assert err == "warning of rank 0\n"
     logs = run_dir / "logs"

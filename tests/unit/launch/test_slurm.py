@@ -249,7 +249,7 @@ def test_scancel_does_not_end_the_batch_shell_before_the_ranks(cluster: Cluster)
 def test_a_stop_request_of_the_last_run_is_removed_before_the_ranks_start(cluster: Cluster) -> None:
     cluster.run_dir.mkdir()
     (cluster.run_dir / "stop-requested").write_text("old")
-    process = cluster.start(f"[ ! -e {cluster.run_dir}/stop-requested ]")
+    process = cluster.start(f"[ ! -e {cluster.run_dir}/stop-requested ] && [ $MOETRAIN_LAUNCHED = 1 ]")
     process.communicate(timeout=20)
     assert process.returncode == 0
 
@@ -263,6 +263,17 @@ def test_the_clusters_file_is_sourced_first_and_may_read_unset_variables(cluster
     process.communicate(timeout=20)
     assert process.returncode == 0
     assert (cluster.root / "seen").read_text() == "ib 4\n"
+
+
+@pytest.mark.parametrize("limit", ["5", "5:00", "0:05:00", "0-0:05", "0-00:04:59"])
+def test_a_signal_that_would_come_at_the_start_is_refused(limit: str) -> None:
+    with pytest.raises(ConfigError, match=r"signal_seconds \(300\) must be below time_limit"):
+        job(time_limit=limit)
+
+
+@pytest.mark.parametrize("limit", ["0", "6", "5:01", "0:05:01", "1-0", "0-1"])
+def test_a_signal_within_the_time_limit_is_legal(limit: str) -> None:
+    assert f"--time={limit}" in job(time_limit=limit).directives
 
 
 # --- submission ------------------------------------------------------------------------------------------------------

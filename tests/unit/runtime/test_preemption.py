@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.runtime.preemption import StopRequest, request_stop
+from moetrain.runtime.preemption import LAUNCHED, StopRequest, forget_old_request, request_stop, stop_file
 
 
 @pytest.fixture
@@ -50,6 +50,18 @@ def test_the_file_is_a_request_its_text_the_reason_and_clear_obeys_it(stop: Stop
     stop.clear()
     assert stop.requested is None
     stop.clear()
+
+
+@pytest.mark.parametrize(("launched", "stays"), [("1", True), (None, False)])
+def test_a_request_that_a_launcher_left_standing_is_of_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str | None, stays: bool
+) -> None:
+    monkeypatch.delenv(LAUNCHED, raising=False)
+    if launched is not None:
+        monkeypatch.setenv(LAUNCHED, launched)
+    request_stop(tmp_path, "before the ranks had imported anything")
+    forget_old_request(tmp_path)
+    assert stop_file(tmp_path).exists() == stays
 
 
 def test_an_empty_file_is_a_request_too(stop: StopRequest, tmp_path: Path) -> None:

@@ -110,6 +110,18 @@ def test_a_resumed_run_writes_every_step_once_even_after_a_torn_line(view, repor
     assert steps == [(1, 4.0), (2, 2.0), (4, 9.0), (6, 9.0)]
 
 
+def test_a_run_that_was_finished_and_is_started_again_has_one_row_of_its_last_validation(view, report) -> None:
+    train([JsonlCallback()], view, report)
+    view.start_iteration = 6
+    again = JsonlCallback()
+    again.on_train_start(view)
+    again.on_evaluate(view, replace(EVALUATION, loss=1.5))
+    again.on_train_end(view)
+    told = [(row["kind"], row["iteration"]) for row in rows(view.run_dir)]
+    assert sorted(told) == sorted(set(told))
+    assert [row["eval/loss"] for row in rows(view.run_dir) if row["kind"] == "eval"] == [1.5]
+
+
 def test_a_damaged_line_in_the_middle_is_dropped_with_a_warning(view, caplog: pytest.LogCaptureFixture) -> None:
     path = view.run_dir / "metrics.jsonl"
     path.write_text('{"iteration": 1}\n{"iterat\n[]\n{"iteration": 2}\n')
