@@ -29,8 +29,8 @@ def routings(slots: int, per_expert: int | None) -> list[torch.Tensor]:
     return [alike, same]
 
 
-def peaks(world: int, slots: int, padded_rows: int | None, kind: str) -> list[int]:
-    """Peak of forward and backward for each routing."""
+def peaks(world: int, slots: int, padded_rows: int | None, kind: str) -> list[tuple[int, int]]:
+    """Peak of forward and backward for each routing: least and most of three measurements."""
     groups = create_groups(ParallelLayout(world, expert=world), seed=1)
     local = EXPERTS // world
     if kind == "diverse":
@@ -58,7 +58,7 @@ def peaks(world: int, slots: int, padded_rows: int | None, kind: str) -> list[in
             for tensor in (x_TD, weights_TK, *experts.parameters()):
                 tensor.grad = None
             measured.append(peak_scratch(step))
-        found.append(min(measured))
+        found.append((min(measured), max(measured)))
     return found
 
 
@@ -84,6 +84,9 @@ def test_no_routing_takes_more_than_the_bound_and_the_worst_more_than_half_of_it
         diverse_width=sum(WIDTHS) // world if kind == "diverse" else None,
         gated=kind != "relu",
     )
-    worst = max(max(found) for found in run_distributed(peaks, world, world, slots, padded_rows, kind))
-    print(f"{world} {padded_rows} {kind}: {worst} of {bound.total}")
-    assert 0.5 * bound.total <= worst <= bound.total
+    # What gloo's threads give back late moves a measurement either way (see `peak_scratch`).
+    found = [peak for rank in run_distributed(peaks, world, world, slots, padded_rows, kind) for peak in rank]
+    most = max(low for low, _ in found)
+    print(f"{world} {padded_rows} {kind}: {most} of {bound.total}")
+    assert most <= bound.total
+    assert max(high for _, high in found) >= 0.5 * bound.total

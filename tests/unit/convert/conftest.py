@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -238,20 +237,6 @@ def _pieces(weights: dict[str, Tensor]) -> list[Piece]:
         pieces.append(Piece.whole(f"weight.{name}", tensor))
         pieces.append(Piece.whole(f"optimizer.exp_avg.{name}", torch.zeros_like(tensor)))
     return pieces
-
-
-@pytest.fixture(scope="session", autouse=True)
-def private_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterable[None]:
-    """transformers copies an export's Python files into a cache that it locates once; keep them out of the user's."""
-    from transformers import dynamic_module_utils
-    from transformers.utils import hub
-
-    cache = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.setattr(hub, "HF_MODULES_CACHE", cache)
-        patch.setattr(sys, "path", [*sys.path, cache])
-        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
