@@ -234,6 +234,10 @@ def _arms(study: Study, results: Results) -> list[str]:
             f"{s.mean_k:.3f} | {1000 * s.step_seconds:.0f} |"
         )
     return [
+        "Milliseconds are those of the trainings themselves, which ran beside one another and beside other work at "
+        "different times: they tell what the study took, not what an arm costs. Costs are the floating-point "
+        "operations.",
+        "",
         "| arm | what it is | loss | deviation over seeds | parameters | MFLOP a token | mean K | ms a step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *rows,

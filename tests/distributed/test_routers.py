@@ -27,6 +27,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert_bias": {"type": "expert_bias", "bias_rate": 0.05, "scaling_factor": 1.5},
     "top_p": {"type": "top_p", "threshold": 0.5, "entropy_loss_coeff": 0.01},
     "relu": {"type": "relu", "l1_coeff_init": 0.01, "mean_k": 1.5, "max_k": 3},
+    "relu, each layer": {"type": "relu", "l1_coeff_init": 0.01, "mean_k": 1.5, "mean_over": "layer"},
     "bias_threshold": {"type": "bias_threshold", "bias_rate": 0.02, "mean_k": 1.7},
 }
 # Two sequences to a micro-batch, so that its scope is none of the other two.
@@ -39,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     # At the default eps of 1e-8 Adam makes a whole step of a gradient that is nothing but rounding, and some biases of
     # the hypernetwork, which start at 0, then differ by 1.3e-5 of their size.
     "relu": {**MICRO_BATCH, "model__recompute": "full", "optimizer__eps": 1e-6},
+    "relu, each layer": {"optimizer__eps": 1e-6},
     "bias_threshold": GLOBAL_BATCH,
 }
 NAMES = ("dp2", "tp2+sp x pp2 x ep2")
@@ -63,6 +65,7 @@ def test_controllers_have_moved_in_every_layer() -> None:
     for case, controller in (
         ("expert_bias", "router.bias"),
         ("top_p", "losses.load"),
+        ("relu, each layer", "router.log_l1_coeff"),
         ("bias_threshold", "router.bias"),
         ("bias_threshold", "losses.load"),
     ):
